@@ -1,0 +1,297 @@
+"""The cube as the figures see it: one row per run, histories by row, molecules by name. Only this module opens files.
+
+`load_study(cube, fit)` returns a `StudyData`; everything drawn or tabulated is computed from it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures.fits import Fits, LawFit, load_fits
+from figures.registry import MissingData
+
+DIMS = ("molecule", "ansatz", "size", "steps", "variant", "seed")
+DONE, FAILED, INVALID = 1, 2, 3
+METRICS = ("v_score", "abs_error")
+_REQUIRED = (
+    "energy",
+    "energy_stderr",
+    "variance",
+    "v_score",
+    "abs_error",
+    "search_fraction",
+    "d_prime",
+    "n_unique_mean",
+    "n_samples_total",
+    "flops_estimated",
+    "flops_executed",
+    "wall_seconds",
+    "status",
+)
+_MOLECULE = ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_flips", "e_hf", "e_fci")
+_HISTORY = ("step", "energy", "variance", "n_unique", "n_samples", "learning_rate")
+
+
+class DataError(Exception):
+    """A cube or fit that cannot be read; one line: file, what is wrong, what to do."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Runs in a fixed order (cube order), column by column: every array has shape (n,).
+
+    Columns: the six axes, `point_id`, `status`, `n_modulus`, `n_phase`, `n_total`, and every variable of /final.
+    Failed and invalid runs are kept (their metrics may be NaN); cells never run are not rows.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    index: np.ndarray  # (n, 6) position of each run along the cube's dims
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def where(self, mask: np.ndarray) -> Points:
+        keep = np.flatnonzero(mask)
+        return Points({name: column[keep] for name, column in self.columns.items()}, self.index[keep])
+
+    def only(self, **labels: Any) -> Points:
+        """Rows whose columns equal the given labels."""
+        mask = np.ones(len(self), bool)
+        for name, label in labels.items():
+            mask &= self[name] == label
+        return self.where(mask)
+
+    def unique(self, name: str) -> list[Any]:
+        """Distinct labels in order of first appearance (numbers: ascending)."""
+        values = list(dict.fromkeys(self[name].tolist()))
+        return sorted(values) if values and not isinstance(values[0], str) else values
+
+    def groups(self, *names: str) -> Iterator[tuple[tuple[Any, ...], Points]]:
+        """(labels, rows) for every combination that occurs, in cube order."""
+        keys = list(zip(*(self[name].tolist() for name in names), strict=True))
+        for key in dict.fromkeys(keys):
+            yield key, self.where(np.array([other == key for other in keys], bool))
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(i) for i in self["point_id"]]
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """A cube and, when there is one, its fit."""
+
+    name: str
+    title: str
+    points: Points
+    n_missing: int
+    molecules: Mapping[str, Mapping[str, float]]
+    history: Mapping[str, np.ndarray]  # (n molecules, ..., records) arrays; see `history_at`
+    spec: Mapping[str, Any]
+    spec_text: str
+    provenance: Mapping[str, Any]
+    fits: Fits | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256
+
+    @cached_property
+    def done(self) -> Points:
+        """Valid finished runs."""
+        return self.points.where(self.points["status"] == DONE)
+
+    @cached_property
+    def main_variant(self) -> str:
+        """The variant of the headline runs: the first of the cube's axis that has finished runs."""
+        for name in self.spec_variants:
+            if len(self.done.only(variant=name)):
+                return name
+        return self.spec_variants[0] if self.spec_variants else ""
+
+    @cached_property
+    def spec_variants(self) -> list[str]:
+        order = np.argsort(self.points.index[:, DIMS.index("variant")], kind="stable")
+        return list(dict.fromkeys(self.points["variant"][order].tolist()))
+
+    @cached_property
+    def headline(self) -> Points:
+        """Finished runs of the main variant: what the scaling figures show."""
+        return self.done.only(variant=self.main_variant)
+
+    @cached_property
+    def held_out(self) -> frozenset[str]:
+        """Point ids that the fit did not read."""
+        if "held_out" in self.points:
+            return frozenset(i for i, flag in zip(self.points.ids, self.points["held_out"], strict=True) if flag)
+        return frozenset()
+
+    def need_headline(self) -> Points:
+        """The headline runs, or MissingData when there is none."""
+        if not len(self.headline):
+            raise MissingData("the cube holds no finished, valid run")
+        return self.headline
+
+    def need_fits(self) -> Fits:
+        if self.fits is None:
+            raise MissingData("no fit was given (make one: python -m replicate fit CUBE)")
+        return self.fits
+
+    def history_at(self, where: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Recorded steps of the run at cube position `where` (one row of `Points.index`): arrays (records,)."""
+        step = self.history["step"][where]
+        keep = np.isfinite(step) & (step >= 0)
+        return {name: values[where][keep] for name, values in self.history.items()}
+
+    @cached_property
+    def _by_label(self) -> dict[tuple[str, ...], str]:
+        labels = zip(*(self.points[dim].tolist() for dim in DIMS), strict=True)
+        return {tuple(map(str, key)): point for key, point in zip(labels, self.points.ids, strict=True)}
+
+    def ids_of(self, law: LawFit) -> list[str]:
+        """Point ids of the runs that a law was fitted to ([] when fit.nc is absent or from another cube)."""
+        if any(dim not in law.residuals for dim in DIMS):
+            return []
+        labels = zip(*(law.residuals[dim].tolist() for dim in DIMS), strict=True)
+        return [self._by_label.get(tuple(map(str, key)), "") for key in labels]
+
+    def counts(self) -> dict[str, int]:
+        """Runs by state: done, failed, invalid, missing."""
+        status = self.points["status"]
+        return {
+            "done": int(np.sum(status == DONE)),
+            "failed": int(np.sum(status == FAILED)),
+            "invalid": int(np.sum(status == INVALID)),
+            "missing": self.n_missing,
+        }
+
+    def exclusions(self, points: Points | None = None) -> str:
+        """One phrase for captions: what is not drawn."""
+        states = self.counts()
+        shown = len(self.headline if points is None else points)
+        gone = [f"{states[key]} {key}" for key in ("invalid", "failed", "missing") if states[key]]
+        return f"{shown} runs drawn" + (f"; not drawn: {', '.join(gone)}" if gone else "")
+
+
+def load_study(cube: Path, fit: Path | None = None) -> StudyData:
+    """Read a cube (NetCDF DataTree of DESIGN section 5) and optionally a fit (fit.json beside fit.nc).
+
+    Raises DataError with one line for a missing, unreadable or foreign file.
+    """
+    if not cube.is_file():
+        raise DataError(f"{cube}: no such file (make it with: python -m replicate collect SPEC)")
+    try:
+        with xr.open_datatree(cube, engine="netcdf4") as opened:
+            tree = opened.load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{cube}: not a readable NetCDF cube ({type(error).__name__})") from error
+    study = study_from_tree(tree, str(cube))
+    fits = load_fits(fit, DataError) if fit is not None else None
+    sources = {cube.name: _sha256(cube)}
+    if fits is not None:
+        sources |= {path.name: _sha256(path) for path in fits.files}
+    name = study.name or cube.resolve().parent.name
+    return StudyData(**{**_fields(study), "name": name, "fits": fits, "sources": sources})
+
+
+def _fields(study: StudyData) -> dict[str, Any]:
+    return {name: getattr(study, name) for name in study.__dataclass_fields__}
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
+    """A `StudyData` from an open DataTree; `source` names it in errors."""
+    missing = [group for group in ("final", "history", "molecule") if group not in tree.children]
+    if missing:
+        raise DataError(f"{source}: not a replicate cube: no group /{', /'.join(missing)}")
+    final = tree["final"].to_dataset()
+    history = tree["history"].to_dataset()
+    molecule = tree["molecule"].to_dataset()
+    for group, dataset, names in (
+        ("final", final, (*DIMS, *_REQUIRED)),
+        ("history", history, _HISTORY),
+        ("molecule", molecule, ("molecule", *_MOLECULE)),
+    ):
+        absent = [name for name in names if name not in dataset.variables]
+        if absent:
+            raise DataError(
+                f"{source}: /{group} lacks {', '.join(absent)}: collect it again with this version"
+            )
+    spec_text = str(tree.attrs.get("spec", ""))
+    try:
+        spec = tomllib.loads(spec_text)
+    except tomllib.TOMLDecodeError:
+        spec = {}
+    try:
+        provenance = json.loads(str(tree.attrs.get("provenance", "{}")))
+    except json.JSONDecodeError:
+        provenance = {}
+    points, n_missing = _points(final)
+    named = spec.get("study")
+    name = named.get("name") if isinstance(named, dict) else spec.get("name", named)
+    return StudyData(
+        name=str(tree.attrs.get("study", name or "")),
+        title=str(tree.attrs.get("title", "Scaling study")),
+        points=points,
+        n_missing=n_missing,
+        molecules=_molecules(molecule),
+        history={str(v): _ordered(history, str(v)) for v in history.data_vars},
+        spec=spec,
+        spec_text=spec_text,
+        provenance=provenance if isinstance(provenance, dict) else {},
+    )
+
+
+def _ordered(history: xr.Dataset, name: str) -> np.ndarray:
+    variable = history[name]
+    full = [dim for dim in (*DIMS, "record") if dim in history.sizes]
+    sizes = {dim: history.sizes[dim] for dim in full}
+    return variable.broadcast_like(xr.DataArray(np.empty(tuple(sizes.values())), dims=full)).transpose(*full).values
+
+
+def _points(final: xr.Dataset) -> tuple[Points, int]:
+    final = final.transpose(*DIMS)
+    status = final["status"].values
+    index = np.argwhere(status != 0)
+    template = final["status"]
+    columns: dict[str, np.ndarray] = {}
+    for axis, dim in enumerate(DIMS):
+        labels = final[dim].values
+        labels = labels.astype(str) if labels.dtype.kind in "OSU" else labels
+        columns[dim] = labels[index[:, axis]]
+    for name, variable in final.variables.items():
+        if name in DIMS or not set(variable.dims) <= set(DIMS):
+            continue
+        values = final[name].broadcast_like(template).transpose(*DIMS).values[tuple(index.T)]
+        columns[str(name)] = values.astype(str) if values.dtype.kind in "OSU" else values
+    if "n_total" not in columns and {"n_modulus", "n_phase"} <= set(columns):
+        columns["n_total"] = columns["n_modulus"] + columns["n_phase"]
+    if "point_id" not in columns:
+        # A cube without ids still has to lead back to its runs: the six labels name a run uniquely.
+        columns["point_id"] = np.array(
+            ["/".join(str(columns[dim][row]) for dim in DIMS) for row in range(len(index))], dtype=str
+        )
+    return Points(columns, index), int(status.size - len(index))
+
+
+def _molecules(molecule: xr.Dataset) -> dict[str, dict[str, float]]:
+    names = [str(name) for name in molecule["molecule"].values]
+    numeric = [str(v) for v in molecule.data_vars if molecule[v].dtype.kind in "iuf" and molecule[v].ndim == 1]
+    return {name: {v: float(molecule[v].values[i]) for v in numeric} for i, name in enumerate(names)}
