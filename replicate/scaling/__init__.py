@@ -1,0 +1,1 @@
+"""Scaling laws: fits, intervals, tests and compute-optimal allocation (numpy and scipy only)."""
