@@ -1,7 +1,7 @@
 """The frozen models of a study: what one training run is, and its content id.
 
-Everything that changes a result is a field here; everything else (labels, sources, known counts for planning) is a
-field too but stays out of `Point.id`.
+Everything that changes a result is a field here; everything else (labels, sources, known counts for planning)
+is a field too but stays out of `Point.id`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from replicate.spec.elements import ATOMIC_NUMBER, sto3g_orbitals
 SCHEMA = 1
 """Version of the meaning of a point: part of every id, raised when equal specs give different results."""
 
-ANSATZ_ENTRY_POINTS = "replicate.ansatz"
+ANSATZ_ENTRY_POINTS = "nqs_scaling.ansatz"
 """Entry-point group under which other distributions register an ansatz."""
 
 MAX_SPIN_ORBITALS = 62
@@ -70,9 +70,9 @@ class ReferenceSpec(Model):
 
 
 class MoleculeSpec(Model):
-    """A molecule: coordinates (`atoms`, which a loaded `xyz` file fills) or an FCIDUMP, and what is known of it.
+    """A molecule: coordinates (`atoms`; an `xyz` file fills them) or an FCIDUMP, and what is known of it.
 
-    `electrons`, `spin_orbitals` and `unique_flips` (M) are for planning; for coordinates the first two are derived.
+    `electrons`, `spin_orbitals` and `unique_flips` (M) are for planning; coordinates imply the first.
     """
 
     name: str
@@ -84,6 +84,7 @@ class MoleculeSpec(Model):
     basis: str = "sto-3g"
     charge: int = 0
     multiplicity: Annotated[int, Field(ge=1)] = 1
+    degenerate: Literal["generic", "aligned"] = "generic"  # frame of degenerate orbitals: see replicate.scf
     source: str = ""
     sets: Annotated[tuple[str, ...], BeforeValidator(_tuples)] = ()
     reference: ReferenceSpec = ReferenceSpec()
@@ -98,21 +99,29 @@ class MoleculeSpec(Model):
             raise ValueError("no geometry; give one of atoms, xyz, fcidump")
         if len(given) > 1 and not (given == ["atoms", "xyz"] and self.content_sha256):  # a read xyz has both
             raise ValueError(f"{' and '.join(given)} are both given; allowed is one of atoms, xyz, fcidump")
-        for atom in self.atoms or ():
-            if atom[0] not in ATOMIC_NUMBER:
-                raise ValueError(f"atoms: unknown element {atom[0]!r}; allowed H to Kr by symbol")
-        if self.atoms == ():
-            raise ValueError("atoms: empty; give at least one [symbol, x, y, z]")
+        if given != ["atoms"] and self.content_sha256 is None:
+            raise ValueError(f"{given[-1]}: files are read by load_study and molecule_from_file")
+        self._check_atoms()
         basis_orbitals = self._minimal_basis()
         if basis_orbitals and self.spin_orbitals and self.spin_orbitals != 2 * basis_orbitals:
             raise ValueError(
-                f"spin_orbitals: {self.spin_orbitals} given, {self.basis} on these atoms has {2 * basis_orbitals}"
+                f"spin_orbitals: {self.spin_orbitals} given, but {self.basis} has {2 * basis_orbitals} here"
             )
         self._check_spin()
         n = self.n_spin_orbitals
         if n is not None and n > MAX_SPIN_ORBITALS:
             raise ValueError(f"spin_orbitals: {n} spin-orbitals; supported are at most {MAX_SPIN_ORBITALS}")
         return self
+
+    def _check_atoms(self) -> None:
+        if self.atoms == ():
+            raise ValueError("atoms: empty; give at least one [symbol, x, y, z]")
+        for i, (symbol, *position) in enumerate(self.atoms or ()):
+            if symbol not in ATOMIC_NUMBER:
+                raise ValueError(f"atoms: unknown element {symbol!r}; allowed H to Kr by symbol")
+            for j, (_, *other) in enumerate((self.atoms or ())[:i]):
+                if math.dist(position, other) < 1e-3:
+                    raise ValueError(f"atoms: atoms {j + 1} and {i + 1} are at the same place")
 
     def _check_spin(self) -> None:
         electrons, n = self.n_electrons, self.n_spin_orbitals
@@ -178,6 +187,7 @@ class MoleculeSpec(Model):
             "basis": self.basis,
             "charge": self.charge,
             "multiplicity": self.multiplicity,
+            "degenerate": self.degenerate,
         }
 
 
@@ -239,7 +249,7 @@ def registered_kinds() -> list[str]:
 
 
 class AnsatzSpec(Model):
-    """`kind` and its hyper-parameters, defaults filled in. `name`: label on the ansatz axis, not in the id."""
+    """`kind` and its hyper-parameters, defaults filled in. `name`: label on the axis, not in the id."""
 
     kind: str
     params: dict[str, int | float | str]
@@ -308,7 +318,7 @@ class TrainSpec(Model):
 
 
 class EvaluationSpec(Model):
-    """The final evaluation, independent of training: exact over sectors of up to `exact_limit` determinants."""
+    """The final evaluation, independent of training: exact up to `exact_limit` determinants."""
 
     n_samples: Count = 10**12
     exact_limit: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 20_000
