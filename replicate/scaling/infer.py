@@ -1,0 +1,540 @@
+"""Uncertainty of a fit: bootstrap by runs, sandwich, profile likelihood, tests at the boundary (FIT section 4).
+
+A cluster is one training run with all its points. Every random choice comes from an explicit seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from replicate.scaling.law import Design, Law, Term
+from replicate.scaling.objective import Objective, evaluate, observed
+from replicate.scaling.solve import (
+    Batch,
+    Layout,
+    Solution,
+    derivatives,
+    jacobian,
+    make_layout,
+    minimise,
+    raw_parameters,
+    solve,
+    starts,
+)
+from replicate.spec import UserError
+
+LEVEL = 0.95
+#: Share of converged replicates that is redone from scratch, to see whether warm starts find the optimum.
+RECHECK = 0.02
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap refits. `p` (B, size); `raw`: law parameter -> (B,), NaN where a draw does not define it.
+
+    `converged_first`: share that converged before any fallback; `improved`: rechecked replicates whose optimum
+    was lowered by a start from scratch.
+    """
+
+    p: np.ndarray
+    raw: dict[str, np.ndarray]
+    converged_first: float
+    converged: float
+    rechecked: int
+    improved: int
+
+    @property
+    def size(self) -> int:
+        return len(self.p)
+
+
+def cluster_weights(
+    cluster: np.ndarray, stratum: np.ndarray, replicates: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so none is ever lost."""
+    names, first, index = np.unique(cluster, return_index=True, return_inverse=True)
+    counts = np.empty((replicates, names.size))
+    for s in np.unique(stratum):
+        members = np.flatnonzero(stratum[first] == s)
+        counts[:, members] = rng.multinomial(members.size, np.full(members.size, 1 / members.size), size=replicates)
+    return counts[:, index]
+
+
+def bootstrap(solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None) -> Draws:
+    """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent would
+    leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is kept."""
+    layout, design = solution.layout, solution.layout.design
+    rng = np.random.default_rng(seed)
+    weights = cluster_weights(design.cluster if cluster is None else cluster, design.group, replicates, rng)
+    weights *= design.weight
+    batch = minimise(layout, np.repeat(solution.p[None], replicates, axis=0), weights=weights, damping=1e-4)
+    first = float(batch.converged.mean())
+    sample = rng.random(replicates) < RECHECK
+    redo = np.flatnonzero(~batch.converged | sample | _could_leave_bound(layout, batch.p, weights))
+    p, converged = batch.p.copy(), batch.converged.copy()
+    improved = 0
+    if redo.size:
+        again = best_of_starts(layout, starts(layout, weights[redo]), weights=weights[redo])
+        before = np.where(batch.converged[redo], batch.value[redo], np.inf)
+        lower = again.converged & (again.value < before - 1e-9 * (1 + np.abs(again.value)))
+        p[redo[lower]] = again.p[lower]
+        converged[redo[lower]] = True
+        improved = int((lower & batch.converged[redo] & sample[redo]).sum())
+    return Draws(p[converged], raw_parameters(layout, p[converged]), first, float(converged.mean()), int(sample.sum()), improved)
+
+
+def best_of_starts(
+    layout: Layout, begin: np.ndarray, *, weights: np.ndarray | None = None, z: np.ndarray | None = None
+) -> Batch:
+    """The best minimum of each replicate from several starts (R, S, size); weights, z (R, n) or shared (n,)."""
+    r_batch, count, size = begin.shape
+    batch = minimise(
+        layout,
+        begin.reshape(-1, size),
+        weights=None if weights is None else np.repeat(np.broadcast_to(weights, (r_batch, layout.design.n_points)), count, axis=0),
+        z=z if z is None or z.ndim == 1 else np.repeat(z, count, axis=0),
+        max_iterations=300,
+        damping=1e-2,
+    )
+    value = np.where(batch.converged, batch.value, np.inf).reshape(r_batch, count)
+    rows = np.arange(r_batch) * count + np.argmin(value, axis=1)
+    return Batch(*(getattr(batch, f)[rows] for f in Batch.__dataclass_fields__))
+
+
+def _could_leave_bound(layout: Layout, p: np.ndarray, weights: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:
+    """(R,) True where a term with amplitude 0 would lower the objective at another value of its exponents."""
+    k_terms = layout.n_terms
+    z = observed(layout.objective, layout.design) if z is None else z
+    out = np.zeros(len(p), bool)
+    for k in range(k_terms):
+        members = layout.term_exponents[k]
+        rows = np.flatnonzero(p[:, k] == 0)
+        if not members or not rows.size:
+            continue
+        m, _, u, log_f = jacobian(layout, p[rows])
+        tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
+        loss = evaluate(layout.objective, layout.design, z if z.ndim == 1 else z[rows], m, tau)
+        pull = weights[rows] * loss.dm * np.exp(-log_f)
+        pull_size = np.abs(pull)
+        axes = np.meshgrid(*[np.array([0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0])] * len(members))
+        grid = np.stack([a.ravel() for a in axes], axis=1)
+        columns = np.exp(-grid @ layout.shapes[k])
+        out[rows] |= np.any(pull @ columns.T < -1e-7 * (pull_size @ columns.T), axis=1)
+    return out
+
+
+# ---- covariance --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Of all solver parameters (size, size); zero rows where a parameter sits at its bound. `hessian`: the
+    model-based inverse Hessian; `sandwich`: clustered; `degrees`: clusters minus free parameters."""
+
+    hessian: np.ndarray
+    sandwich: np.ndarray
+    degrees: int
+
+
+def covariance(solution: Solution, cluster: np.ndarray | None = None) -> Covariance:
+    """Clustered sandwich H^-1 (sum_c s_c s_c') H^-1 with the factor G/(G-1) (n-1)/(n-p), and H^-1 itself."""
+    layout, design = solution.layout, solution.layout.design
+    free = np.flatnonzero(solution.free)
+    block = solution.hessian[np.ix_(free, free)]
+    inverse = np.linalg.pinv(block, rcond=1e-12, hermitian=True)
+    cluster = design.cluster if cluster is None else cluster
+    index = np.unique(cluster, return_inverse=True)[1]
+    scores = point_scores(solution)[:, free]
+    sums = np.zeros((index.max() + 1, free.size))
+    np.add.at(sums, index, scores * design.weight[:, None])
+    g, n, k = sums.shape[0], design.n_points, free.size
+    factor = g / max(g - 1, 1) * (n - 1) / max(n - k, 1)
+    size = layout.size
+    model, robust = np.zeros((size, size)), np.zeros((size, size))
+    model[np.ix_(free, free)] = inverse
+    robust[np.ix_(free, free)] = factor * inverse @ (sums.T @ sums) @ inverse
+    return Covariance(model, robust, max(g - k, 1))
+
+
+def point_scores(solution: Solution) -> np.ndarray:
+    """(n, size) gradient of each point's loss, unweighted."""
+    layout, design = solution.layout, solution.layout.design
+    p = solution.p[None]
+    m, jac, _, _ = jacobian(layout, p)
+    tau = p[:, -1] if layout.objective.has_scale else np.zeros(1)
+    loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
+    columns = [jac[0].T * loss.dm[0][:, None], layout.contrasts.T * loss.dm[0][:, None]]
+    if loss.dt is not None:
+        columns.append(loss.dt[0][:, None])
+    return np.concatenate(columns, axis=1)
+
+
+def raw_jacobian(solution: Solution) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the law parameters and d raw / d solver parameters, (L, size)."""
+    layout, design = solution.layout, solution.layout.design
+    law, p = design.law, solution.p
+    k_terms, k_smooth = layout.n_terms, layout.n_terms + layout.n_exponents
+    theta = p[k_terms:k_smooth]
+    q = float(layout.power_of(p[None])[0])
+    unit = design.raw(np.ones((1, k_terms)), theta[None], np.array([q]))[0]
+    rows = np.zeros((len(law.parameters), layout.size))
+    centre = dict(zip(law.variables, design.centre, strict=True))
+    index = {e: i for i, e in enumerate(law.exponents)}
+    for k, term in enumerate(law.terms):
+        rows[k, k] = unit[k]
+        for f in term.factors:
+            if isinstance(f.exponent, str):
+                rows[k, k_terms + index[f.exponent]] -= p[k] * unit[k] * f.sign * centre[f.variable]
+        if layout.power is None:
+            rows[k, layout.n_law - 1] = -p[k] * unit[k] * np.log(design.median) / q**2
+    for i in range(k_terms, len(law.parameters)):
+        rows[i, i] = 1.0
+    return law.parameters, rows
+
+
+def sandwich_intervals(
+    solution: Solution, cov: Covariance, level: float = LEVEL
+) -> tuple[dict[str, float], dict[str, tuple[float, float] | None]]:
+    """Standard errors and intervals of the raw parameters; amplitudes in log, and None at a bound."""
+    names, rows = raw_jacobian(solution)
+    raw = solution.raw()
+    error = np.sqrt(np.maximum(np.einsum("ip,pq,iq->i", rows, cov.sandwich, rows), 0.0))
+    t = float(stats.t.ppf(0.5 + level / 2, cov.degrees))
+    out: dict[str, tuple[float, float] | None] = {}
+    amplitudes = set(solution.layout.design.law.amplitudes)
+    for i, name in enumerate(names):
+        value = raw[name]
+        if error[i] == 0 or not np.isfinite(value):
+            out[name] = None
+        elif name in amplitudes:
+            # exp(700) is the largest double: a wider interval is no interval.
+            half = t * error[i] / value
+            out[name] = (value * np.exp(-half), value * np.exp(half)) if half < 700 else None
+        else:
+            out[name] = (value - t * error[i], value + t * error[i])
+    return {n: float(e) for n, e in zip(names, error, strict=True)}, out
+
+
+def percentile_intervals(draws: Draws, level: float = LEVEL) -> dict[str, tuple[float, float] | None]:
+    """Percentile intervals of the raw parameters; None where more than a tail of the draws does not define it."""
+    tail = 100 * (1 - level) / 2
+    out: dict[str, tuple[float, float] | None] = {}
+    for name, values in draws.raw.items():
+        known = values[np.isfinite(values)]
+        if known.size < (0.5 + level / 2) * values.size:
+            out[name] = None
+            continue
+        lo, hi = np.percentile(known, [tail, 100 - tail])
+        out[name] = (float(lo), float(hi))
+    return out
+
+
+# ---- profile likelihood ------------------------------------------------------------------------------------------
+
+
+def profile_intervals(
+    solution: Solution, cov: Covariance, names: Sequence[str], level: float = LEVEL
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals where twice the drop of the objective, rescaled by model over sandwich variance (so that clusters
+    and a wrong noise model count; Rotnitzky & Jewell 1990), reaches the square of a t quantile.
+
+    `names`: law parameters; an amplitude is profiled at the geometric means (centred). All constrained fits of
+    all parameters are one batch. A side on which the bound is never reached is the parameter's bound.
+    """
+    layout = solution.layout
+    columns = [layout.names.index(n) for n in names]
+    lower, upper = layout.bounds()
+    spread = np.linspace(0.4, 5.0, 12)
+    jobs: list[tuple[int, float]] = []
+    keep = []
+    for name, j in zip(names, columns, strict=True):
+        sd = np.sqrt(max(cov.sandwich[j, j], 0.0))
+        if not solution.free[j] or sd == 0:
+            continue
+        keep.append((name, j))
+        for side in (-1.0, 1.0):
+            stop = upper[j] if side > 0 else lower[j]
+            room = abs(stop - solution.p[j])
+            # Downward in equal ratios once zero is in sight: amplitudes are skewed.
+            reach = np.minimum(spread * sd, room)
+            jobs += [(j, solution.p[j] + side * r) for r in reach]
+    if not jobs:
+        return dict.fromkeys(names)
+    drop = _constrained_drop(solution, cov, jobs).reshape(len(keep), 2, spread.size)
+    cut = float(stats.t.ppf(0.5 + level / 2, cov.degrees)) ** 2
+    values = np.array([v for _, v in jobs]).reshape(drop.shape)
+    out: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
+    for i, (name, j) in enumerate(keep):
+        ratio = cov.hessian[j, j] / cov.sandwich[j, j]
+        ends = []
+        for side in (0, 1):
+            root = np.sqrt(np.maximum(2 * drop[i, side] * ratio, 0.0))
+            ends.append(_crossing(solution.p[j], values[i, side], root, np.sqrt(cut)))
+        out[name] = (max(ends[0], lower[j]), min(ends[1], upper[j]))
+    return out
+
+
+def _crossing(centre: float, values: np.ndarray, root: np.ndarray, cut: float) -> float:
+    """Where the signed root of the profile, interpolated linearly from the optimum outwards, reaches the cut."""
+    xs, ys = np.concatenate([[centre], values]), np.concatenate([[0.0], root])
+    above = np.flatnonzero(ys >= cut)
+    if not above.size:
+        return float(np.sign(values[-1] - centre) * np.inf)
+    i = int(above[0])
+    return float(xs[i - 1] + (xs[i] - xs[i - 1]) * (cut - ys[i - 1]) / (ys[i] - ys[i - 1]))
+
+
+def _constrained_drop(solution: Solution, cov: Covariance, jobs: list[tuple[int, float]]) -> np.ndarray:
+    """Rise of the objective with one parameter held at a value, for each job (column, value)."""
+    layout = solution.layout
+    lower, upper = (np.repeat(b[None], len(jobs), axis=0) for b in layout.bounds())
+    begin = np.repeat(solution.p[None], len(jobs), axis=0)
+    for i, (j, value) in enumerate(jobs):
+        variance = cov.hessian[j, j]
+        if variance > 0:
+            begin[i] += cov.hessian[j] / variance * (value - solution.p[j])
+        begin[i, j] = lower[i, j] = upper[i, j] = value
+    # A vanished amplitude takes its exponent's gradient with it: restart such terms from a little above zero.
+    k = layout.n_terms
+    begin[:, :k] = np.where(begin[:, :k] <= 0, np.where(solution.p[:k] > 0, 0.05 * solution.p[:k], 0.0), begin[:, :k])
+    for i, (j, value) in enumerate(jobs):
+        begin[i, j] = value
+    batch = minimise(layout, begin, lower=lower, upper=upper, max_iterations=200, damping=1e-2)
+    return np.where(batch.converged, batch.value - solution.value, np.nan)
+
+
+# ---- tests at the boundary ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FloorTest:
+    """A0 = 0 against A0 > 0: `statistic` ~ 1/2 chi2_0 + 1/2 chi2_1 (5 % cut 2.706). `upper`: one-sided 95 % bound
+    on the raw A0, the largest value whose profile is not rejected."""
+
+    statistic: float
+    p_value: float
+    upper: float | None
+
+
+def floor_test(solution: Solution) -> FloorTest | None:
+    """None if the law has no floor. The likelihood ratio is rescaled by the score variance of the clusters."""
+    layout = solution.layout
+    floor = layout.design.law.floor
+    if floor is None:
+        return None
+    j = layout.names.index(floor)
+    null = without_floor(solution)
+    statistic = max(2 * (null.value - solution.value) * _score_ratio(null, j), 0.0)
+    p_value = 1.0 if statistic <= 0 else 0.5 * float(stats.chi2.sf(statistic, 1))
+    return FloorTest(float(statistic), p_value, floor_upper_bound(solution))
+
+
+def without_floor(solution: Solution) -> Solution:
+    """The fit with the floor held at zero, from the same starts and from the fit itself."""
+    layout, design = solution.layout, solution.layout.design
+    floor = design.law.floor
+    law = Law(design.law.name + "_no_floor", tuple(t for t in design.law.terms if t.amplitude != floor))
+    begin = np.delete(solution.p, layout.names.index(str(floor)))
+    begin[: len(law.terms)] = np.maximum(begin[: len(law.terms)], 1e-3)
+    return solve(replace(design, law=law), layout.objective, extra_starts=begin)
+
+
+def _score_ratio(null: Solution, _: int) -> float:
+    """Model over clustered variance of the score along the floor, with the other parameters profiled out.
+
+    1 for independent points and a right noise model; below 1 where runs carry several correlated points.
+    """
+    design = null.layout.design
+    layout = null.layout
+    m, jac, _, log_f = jacobian(layout, null.p[None])
+    tau = null.p[None, -1] if layout.objective.has_scale else np.zeros(1)
+    loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
+    q = float(layout.power_of(null.p[None])[0])
+    tangent = q * np.exp(-log_f[0])
+    free = np.flatnonzero(null.free)
+    scores = point_scores(null)[:, free] * design.weight[:, None]
+    own = loss.dm[0] * tangent * design.weight
+    columns = np.concatenate([jac[0], layout.contrasts])[null.free[: layout.n_model]]
+    cross = columns @ (design.weight * loss.dmm[0] * tangent)
+    # d2m/(dc0 dp) = -(dm/dc0)(dm/dp)/q enters the exact cross derivative for the law's own parameters only.
+    inner = int(null.free[: layout.n_law].sum())
+    cross[:inner] -= columns[:inner] @ (design.weight * loss.dm[0] * tangent) / q
+    if loss.dmt is not None:
+        cross = np.append(cross, float((design.weight * loss.dmt[0] * tangent).sum())) if null.free[-1] else cross
+    block = null.hessian[np.ix_(free, free)]
+    slope = np.linalg.lstsq(block, cross, rcond=1e-12)[0]
+    curvature = float((design.weight * (loss.dmm[0] - loss.dm[0] / q) * tangent**2).sum() - cross @ slope)
+    residual_score = own - scores @ slope
+    index = np.unique(design.cluster, return_inverse=True)[1]
+    sums = np.bincount(index, weights=residual_score)
+    variance = float((sums**2).sum()) * design.n_points / max(design.n_points - free.size, 1)
+    if curvature <= 0 or variance <= 0:
+        return 1.0
+    return curvature / variance
+
+
+def floor_upper_bound(solution: Solution, level: float = 0.95) -> float | None:
+    """One-sided upper bound of the raw floor from its profile (cut 2.706), or None if none is found."""
+    layout = solution.layout
+    floor = layout.design.law.floor
+    if floor is None:
+        return None
+    j = layout.names.index(floor)
+    cov = covariance(solution)
+    sd = np.sqrt(cov.sandwich[j, j])
+    ratio = cov.hessian[j, j] / cov.sandwich[j, j] if cov.sandwich[j, j] > 0 else 1.0
+    lowest = float(np.exp(np.min(solution.fitted())))
+    # The floor cannot be far above the smallest prediction: search on a log grid up to twice that.
+    base = solution.p[j]
+    span = np.geomspace(1e-4, 2.0, 24) * max(lowest, 4 * sd)
+    drop = _constrained_drop(solution, cov, [(j, base + s) for s in span])
+    root = np.sqrt(np.maximum(2 * drop * ratio, 0.0))
+    cut = float(stats.norm.ppf(level))
+    known = np.isfinite(root)
+    end = _crossing(base, base + span[known], root[known], cut)
+    return end * layout.design.median if np.isfinite(end) else None
+
+
+@dataclass(frozen=True)
+class RatioTest:
+    """Does a variable matter? Likelihood ratio of the law against the law without its terms.
+
+    `p_value` by simulation under the null (residual bootstrap); `p_chi2` from chi2 with `degrees` as a check.
+    """
+
+    variable: str
+    statistic: float
+    degrees: int
+    p_value: float
+    p_chi2: float
+    replicates: int
+    critical: float
+
+
+def drop_variable(law: Law, variable: str) -> Law:
+    """The law without the terms that contain the variable."""
+    terms = tuple(t for t in law.terms if all(f.variable != variable for f in t.factors))
+    if not terms or len(terms) == len(law.terms):
+        raise UserError(f"law {law.formula}: {variable} cannot be dropped from it")
+    return Law(f"{law.name}_without_{variable}", terms, law.power)
+
+
+def variable_test(solution: Solution, variable: str, replicates: int, seed: int) -> RatioTest:
+    """Parametric bootstrap of the likelihood ratio for the terms of one variable (FIT section 4)."""
+    layout, design = solution.layout, solution.layout.design
+    objective = layout.objective
+    law = drop_variable(design.law, variable)
+    kept = [i for i, v in enumerate(design.law.variables) if v in law.variables]
+    null_design = replace(design, law=law, x=design.x[kept], centre=design.centre[kept])
+    null = solve(null_design, objective)
+    statistic = max(2 * (null.value - solution.value), 0.0)
+    degrees = len(design.law.parameters) - len(law.parameters)
+    z = observed(objective, design)
+    simulated = _null_data(solution, null, z, replicates, np.random.default_rng(seed))
+    null_fits = best_of_starts(null.layout, np.repeat(null.p[None, None], replicates, axis=0), z=simulated)
+    full_fits = best_of_starts(layout, _lifted_starts(layout, null.layout, null_fits.p), z=simulated)
+    usable = null_fits.converged & full_fits.converged
+    ratio = np.maximum(2 * (null_fits.value - full_fits.value)[usable], 0.0)
+    return RatioTest(
+        variable=variable,
+        statistic=float(statistic),
+        degrees=degrees,
+        p_value=float((1 + (ratio >= statistic).sum()) / (1 + ratio.size)),
+        p_chi2=float(stats.chi2.sf(statistic, degrees)),
+        replicates=int(ratio.size),
+        critical=float(np.percentile(ratio, 95)) if ratio.size else float("nan"),
+    )
+
+
+def _null_data(
+    full: Solution, null: Solution, z: np.ndarray, replicates: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(B, n) data of the null law with the full fit's residuals, resampled by run (or by point if runs differ
+    in length), centred, inflated for the parameters spent."""
+    design = full.layout.design
+    residual = z - full.fitted() if full.layout.objective.kind != "l2-raw" else z - np.exp(full.fitted())
+    n, k = design.n_points, int(full.free.sum())
+    residual = (residual - np.median(residual)) * np.sqrt(n / max(n - k, 1))
+    index = np.unique(design.cluster, return_inverse=True)[1]
+    sizes = np.bincount(index)
+    base = null.fitted() if null.layout.objective.kind != "l2-raw" else np.exp(null.fitted())
+    if sizes.max() > 1 and sizes.min() == sizes.max():
+        order = np.argsort(index, kind="stable")
+        rows = residual[order].reshape(sizes.size, -1)
+        drawn = rows[rng.integers(sizes.size, size=(replicates, sizes.size))].reshape(replicates, -1)
+        noise = np.empty((replicates, n))
+        noise[:, order] = drawn
+        return base + noise
+    return base + residual[rng.integers(n, size=(replicates, n))]
+
+
+def _lifted_starts(layout: Layout, null: Layout, p: np.ndarray) -> np.ndarray:
+    """Starts (R, 3, size) of the full law from null fits (R, size0): absent terms at 5 % with three exponents."""
+    out = np.zeros((len(p), 3, layout.size))
+    for i, exponent in enumerate((0.1, 0.4, 1.2)):
+        for j, name in enumerate(layout.names):
+            if name in null.names:
+                out[:, i, j] = p[:, null.names.index(name)]
+            elif j < layout.n_terms:
+                out[:, i, j] = 0.05
+            else:
+                out[:, i, j] = exponent
+    return out
+
+
+# ---- between molecules -------------------------------------------------------------------------------------------
+
+
+def leave_one_group_out(solution: Solution) -> tuple[dict[str, dict[str, float]], dict[str, tuple[float, float]]]:
+    """Refits without each molecule, and jackknife intervals with t_(G-1) for statements between molecules."""
+    layout, design = solution.layout, solution.layout.design
+    names, g = design.group_names, len(design.group_names)
+    if g < 3:
+        return {}, {}
+    weights = (design.group != np.arange(g)[:, None]) * design.weight
+    begin = np.repeat(solution.p[None], g, axis=0)
+    lower, upper = (np.repeat(b[None], g, axis=0) for b in layout.bounds())
+    batch = minimise(layout, begin, weights=weights, lower=lower, upper=upper, max_iterations=200)
+    raw = raw_parameters(layout, batch.p)
+    t = float(stats.t.ppf(0.5 + LEVEL / 2, g - 1))
+    refits, intervals = {}, {}
+    for i, name in enumerate(names):
+        if batch.converged[i]:
+            refits[name] = {k: float(v[i]) for k, v in raw.items()}
+    if len(refits) == g:
+        full = solution.raw()
+        for k, v in raw.items():
+            if k not in design.law.amplitudes and np.all(np.isfinite(v)):
+                error = np.sqrt((g - 1) / g * np.sum((v - v.mean()) ** 2))
+                intervals[k] = (full[k] - t * float(error), full[k] + t * float(error))
+    return refits, intervals
+
+
+def condition_number(solution: Solution) -> float:
+    """Of the log exponents' information: the Jacobian of the predicted logs with respect to the exponents and
+    amplitudes, columns scaled to unit length; huge where two terms cannot be told apart."""
+    layout = solution.layout
+    _, jac, _, _ = jacobian(layout, solution.p[None])
+    columns = np.concatenate([jac[0], layout.contrasts])[solution.free[: layout.n_model]]
+    length = np.linalg.norm(columns, axis=1, keepdims=True)
+    singular = np.linalg.svd(columns / np.maximum(length, 1e-300), compute_uv=False)
+    return float(singular[0] / max(singular[-1], 1e-300))
+
+
+def refit(design: Design, objective: Objective, near: Solution) -> Solution:
+    """Solve from the usual starts and from a neighbour with the same layout (sensitivity rows)."""
+    layout = make_layout(design, objective)
+    p = near.p[: layout.n_model]
+    extra = np.append(p, near.p[-1] if near.layout.objective.has_scale else np.log(0.3)) if objective.has_scale else p
+    return solve(design, objective, extra_starts=extra)
+
+
+__all__ = [
+    "Covariance", "Draws", "FloorTest", "RatioTest", "Term", "bootstrap", "condition_number", "covariance",
+    "derivatives", "floor_test", "leave_one_group_out", "percentile_intervals", "profile_intervals", "refit",
+    "sandwich_intervals", "variable_test",
+]  # fmt: skip
