@@ -27,12 +27,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("cube", type=Path, metavar="CUBE", help="cube.nc of a study")
-    arguments.add_argument("--fit", type=Path, help="fit.json (default: the one beside the cube, if there is one)")
+    arguments.add_argument(
+        "--fit", type=Path, help="fit.json (default: the one beside the cube, if there is one)"
+    )
     arguments.add_argument("--no-fit", action="store_true", help="ignore a fit beside the cube")
     arguments.add_argument("--only", metavar="NAME[,NAME]", help="build only these; no report is written")
-    arguments.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: figures/ beside the cube)")
-    arguments.add_argument("--format", default="pdf,svg", metavar="LIST", help="of pdf, svg, png (default: pdf,svg)")
-    arguments.add_argument("--readme", type=Path, metavar="FILE", help="also rewrite the marked sections of this file")
+    arguments.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder (default: figures/ beside the cube)"
+    )
+    arguments.add_argument(
+        "--format", default="pdf,svg", metavar="LIST", help="of pdf, svg, png (default: pdf,svg)"
+    )
+    arguments.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also rewrite the marked sections of this file"
+    )
     return arguments
 
 
@@ -45,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown or not formats:
         problems.append(f"--format: {', '.join(unknown) or 'empty'}: choose from {', '.join(FORMATS)}")
     known = {item.name: item for item in artefacts()}
-    wanted = [part.strip() for part in arguments.only.split(",")] if arguments.only is not None else list(known)
+    wanted = (
+        [part.strip() for part in arguments.only.split(",")] if arguments.only is not None else list(known)
+    )
     for name in wanted:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -41,6 +41,16 @@ _MOLECULE = ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_f
 _HISTORY = ("step", "energy", "variance", "n_unique", "n_samples", "learning_rate")
 
 
+_AXES = {
+    "molecules": "molecule",
+    "ansatze": "ansatz",
+    "sizes": "size",
+    "steps": "steps",
+    "variants": "variant",
+    "seeds": "seed",
+}
+
+
 class DataError(Exception):
     """A cube or fit that cannot be read; one line: file, what is wrong, what to do."""
 
@@ -68,6 +78,10 @@ class Points:
     def where(self, mask: np.ndarray) -> Points:
         keep = np.flatnonzero(mask)
         return Points({name: column[keep] for name, column in self.columns.items()}, self.index[keep])
+
+    def with_column(self, name: str, values: np.ndarray) -> Points:
+        """The same rows with one column replaced."""
+        return Points({**self.columns, name: values}, self.index)
 
     def only(self, **labels: Any) -> Points:
         """Rows whose columns equal the given labels."""
@@ -115,14 +129,16 @@ class StudyData:
 
     @cached_property
     def main_variant(self) -> str:
-        """The variant of the headline runs: the first of the cube's axis that has finished runs."""
-        for name in self.spec_variants:
+        """The variant of the headline runs: "base", or the first of the axis that has finished runs."""
+        names = self.variants
+        for name in ("base", *names):
             if len(self.done.only(variant=name)):
                 return name
-        return self.spec_variants[0] if self.spec_variants else ""
+        return names[0] if names else ""
 
     @cached_property
-    def spec_variants(self) -> list[str]:
+    def variants(self) -> list[str]:
+        """Variant labels with runs, in the order of the cube's axis."""
         order = np.argsort(self.points.index[:, DIMS.index("variant")], kind="stable")
         return list(dict.fromkeys(self.points["variant"][order].tolist()))
 
@@ -133,10 +149,20 @@ class StudyData:
 
     @cached_property
     def held_out(self) -> frozenset[str]:
-        """Point ids that the fit did not read."""
-        if "held_out" in self.points:
-            return frozenset(i for i, flag in zip(self.points.ids, self.points["held_out"], strict=True) if flag)
-        return frozenset()
+        """Point ids that the spec's [holdout] keeps from the fit."""
+        rules = self.spec.get("holdout")
+        if not isinstance(rules, dict):
+            return frozenset()
+        mask = np.zeros(len(self.points), bool)
+        for axis in ("molecules", "sizes", "steps"):
+            mask |= np.isin(self.points[_AXES[axis]], _listed(rules.get(axis)))
+        for cell in rules.get("cells", []):
+            inside = np.ones(len(self.points), bool)
+            for axis, labels in cell.items():
+                if axis in _AXES:
+                    inside &= np.isin(self.points[_AXES[axis]], _listed(labels))
+            mask |= inside
+        return frozenset(np.asarray(self.points["point_id"])[mask].tolist())
 
     def need_headline(self) -> Points:
         """The headline runs, or MissingData when there is none."""
@@ -263,7 +289,11 @@ def _ordered(history: xr.Dataset, name: str) -> np.ndarray:
     variable = history[name]
     full = [dim for dim in (*DIMS, "record") if dim in history.sizes]
     sizes = {dim: history.sizes[dim] for dim in full}
-    return variable.broadcast_like(xr.DataArray(np.empty(tuple(sizes.values())), dims=full)).transpose(*full).values
+    return (
+        variable.broadcast_like(xr.DataArray(np.empty(tuple(sizes.values())), dims=full))
+        .transpose(*full)
+        .values
+    )
 
 
 def _points(final: xr.Dataset) -> tuple[Points, int]:
@@ -291,7 +321,15 @@ def _points(final: xr.Dataset) -> tuple[Points, int]:
     return Points(columns, index), int(status.size - len(index))
 
 
+def _listed(labels: Any) -> list[Any]:
+    if labels is None:
+        return []
+    return list(labels) if isinstance(labels, (list, tuple)) else [labels]
+
+
 def _molecules(molecule: xr.Dataset) -> dict[str, dict[str, float]]:
     names = [str(name) for name in molecule["molecule"].values]
-    numeric = [str(v) for v in molecule.data_vars if molecule[v].dtype.kind in "iuf" and molecule[v].ndim == 1]
+    numeric = [
+        str(v) for v in molecule.data_vars if molecule[v].dtype.kind in "iuf" and molecule[v].ndim == 1
+    ]
     return {name: {v: float(molecule[v].values[i]) for v in numeric} for i, name in enumerate(names)}

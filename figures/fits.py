@@ -91,7 +91,9 @@ class LawFit:
         if not self.draws:
             return None
         columns = {name: self.draws[name][:, None] for name in PARAMETERS if name in self.draws}
-        curves = sum(_terms(columns, np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float))))
+        curves = sum(
+            _terms(columns, np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float)))
+        )
         if molecule and f"intercept[{molecule}]" in self.draws:
             curves = curves * np.exp(self.draws[f"intercept[{molecule}]"])[:, None]
         low, high = np.nanpercentile(curves, tails(), axis=0)
@@ -203,7 +205,14 @@ def load_fits(path: Path, error: type[Exception]) -> Fits:
         record = json.loads(path.read_text(encoding="utf-8"))
         laws = list(record["fits"])
         for entry in laws:
-            entry["ansatz"], entry["metric"], entry["scope"], entry["law"], entry["parameters"], entry["variables"]
+            (
+                entry["ansatz"],
+                entry["metric"],
+                entry["scope"],
+                entry["law"],
+                entry["parameters"],
+                entry["variables"],
+            )
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as problem:
         raise error(f"{path}: not a fit of a cube ({type(problem).__name__}: {problem})") from problem
     beside = path.with_suffix(".nc")

@@ -57,7 +57,9 @@ def build(study: StudyData, chosen: Sequence[Artefact] | None = None) -> list[Pr
 
 def _image(plot: Plot, fmt: str) -> bytes:
     buffer = io.BytesIO()
-    plot.figure.savefig(buffer, format=fmt, metadata=_METADATA[fmt], facecolor="white" if fmt == "png" else None)
+    plot.figure.savefig(
+        buffer, format=fmt, metadata=_METADATA[fmt], facecolor="white" if fmt == "png" else None
+    )
     return buffer.getvalue()
 
 

@@ -1,2 +1,171 @@
+"""The single-file report: every figure inlined as SVG, every table, what is missing, provenance. No script, no request."""
+
 from __future__ import annotations
-def report_html(study, products): return ""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from figures import style
+from figures.data import StudyData
+from figures.registry import SECTIONS, Cell, Quantity, Sheet, plain
+from figures.render import Product
+
+_THEME = {
+    style.INK: "currentColor",
+    style.SOFT: "var(--soft)",
+    style.GRID: "var(--line)",
+    style.PAPER: "var(--card)",
+}
+
+
+def report_html(study: StudyData, products: Sequence[Product]) -> str:
+    """The report as HTML text (UTF-8, offline, light and dark)."""
+    environment = Environment(
+        loader=PackageLoader("figures"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = []
+    for key, title in SECTIONS:
+        entries = [_entry(product) for product in products if product.artefact.section == key]
+        if entries:
+            sections.append({"key": key, "title": title, "entries": entries})
+    missing = [(product.artefact, reason) for product in products for reason in product.missing]
+    return environment.get_template("report.html.j2").render(
+        study=study,
+        sources=sorted(study.sources) or ["the cube"],
+        sections=sections,
+        missing=missing,
+        tiles=_tiles(study),
+        commands=_commands(study),
+        commit=_find(study.provenance, ("commit", "git_commit")) or "",
+        provenance=_provenance(study),
+    )
+
+
+def _entry(product: Product) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "item": product.artefact,
+        "svg": "",
+        "table": None,
+        "caption": product.result.caption if product.result is not None else "",
+        "missing": product.missing,
+    }
+    if isinstance(product.result, Sheet):
+        shown = product.result.table.shown()
+        entry["table"] = {
+            "columns": [column.label for column in shown],
+            "rows": [
+                {
+                    "cells": [_cell(row.get(c.key), c.key, c.digits) for c in shown],
+                    "ids": _ids(row.get("point_ids") or row.get("point_id")),
+                }
+                for row in product.result.table.rows
+            ],
+        }
+    elif product.result is not None:
+        entry["svg"] = Markup(
+            inline_svg(product.svg, product.artefact.name, product.artefact.title, product.result.alt)
+        )
+    return entry
+
+
+def _ids(ids: Cell) -> str:
+    """Point ids for a data attribute; a long list stays in the CSV (the page would weigh more than the cube)."""
+    return str(ids) if ids and len(str(ids).split()) <= 32 else ""
+
+
+def _cell(cell: Cell, key: str, digits: int) -> dict[str, str]:
+    text = plain(cell, digits)
+    if key == "verdict":
+        return {"text": text, "css": f"verdict v-{text.replace(' ', '-')}"}
+    return {
+        "text": text,
+        "css": "n" if isinstance(cell, (int, float, Quantity)) and not isinstance(cell, bool) else "",
+    }
+
+
+def inline_svg(svg: str, name: str, title: str, alt: str) -> str:
+    """A figure file made fit for the page: no prolog, unique ids, theme colours, a name and a description.
+
+    `name` prefixes every id, because two figures share glyph and clip ids and an HTML page may hold each only once.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", body)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    body = re.sub(r"<svg([^>]*)>", lambda m: _root(m.group(1), name, title, alt), body, count=1)
+    for colour, themed in _THEME.items():
+        body = body.replace(colour, themed)
+    return body
+
+
+def _root(attributes: str, name: str, title: str, alt: str) -> str:
+    view = re.search(r'viewBox="[^"]*"', attributes)
+    return (
+        f'<svg {view.group(0) if view else ""} role="img" aria-labelledby="{name}-alt-title {name}-alt">'
+        f'<title id="{name}-alt-title">{escape(title)}</title><desc id="{name}-alt">{escape(alt)}</desc>'
+    )
+
+
+def _tiles(study: StudyData) -> list[tuple[str, str]]:
+    counts = study.counts()
+    points = study.done
+    tiles = [("runs finished", str(counts["done"]))]
+    tiles += [(state, str(counts[state])) for state in ("failed", "invalid", "missing") if counts[state]]
+    tiles += [
+        ("molecules", str(len(points.unique("molecule")))),
+        ("ansatze", str(len(points.unique("ansatz")))),
+    ]
+    if len(points):
+        low, high = int(points["n_total"].min()), int(points["n_total"].max())
+        tiles.append(("parameters N", f"{low:,} – {high:,}".replace(",", " ")))
+    return tiles
+
+
+def _commands(study: StudyData) -> str:
+    name = study.name or "STUDY"
+    return "\n".join(
+        (
+            "make setup",
+            f"python -m replicate run specs/{name}.toml        # resumable",
+            f"python -m replicate collect specs/{name}.toml",
+            f"python -m replicate fit artifacts/{name}/cube.nc",
+            f"python -m figures artifacts/{name}/cube.nc",
+        )
+    )
+
+
+def _find(tree: Mapping[str, Any], names: Iterable[str]) -> str:
+    for name in names:
+        for key, value in _flatten(tree):
+            if key.split(".")[-1] == name and isinstance(value, str):
+                return value
+    return ""
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat
+
+
+def _provenance(study: StudyData) -> list[tuple[str, str]]:
+    rows = [(f"sha256 of {name}", digest) for name, digest in sorted(study.sources.items())]
+    rows += [(key, str(value)) for key, value in _flatten(study.provenance)]
+    if study.fits is not None:
+        rows += [
+            (f"fit: {key}", str(value)) for key, value in _flatten(study.fits.record.get("settings") or {})
+        ]
+    return rows

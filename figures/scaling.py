@@ -60,7 +60,14 @@ def _shade(rank: int, count: int) -> float:
 
 
 def _markers(
-    axis: Axes, part: Points, x: str, y: np.ndarray, look: style.AnsatzStyle, held: frozenset[str], alpha: float, gid: str
+    axis: Axes,
+    part: Points,
+    x: str,
+    y: np.ndarray,
+    look: style.AnsatzStyle,
+    held: frozenset[str],
+    alpha: float,
+    gid: str,
 ) -> None:
     out = np.isin(part["point_id"], sorted(held))
     for mask, face in ((~out, look.color), (out, style.PAPER)):
@@ -86,7 +93,8 @@ def _along(part: Points, x: str, at: np.ndarray) -> np.ndarray:
     for i, key in enumerate(part["size" if x == "n_total" else "steps"].tolist()):
         groups.setdefault(key, []).append(i)
     nodes = sorted(
-        (float(np.mean(np.log(part[x][rows]))), float(np.mean(np.log(part[_OTHER[x]][rows])))) for rows in groups.values()
+        (float(np.mean(np.log(part[x][rows]))), float(np.mean(np.log(part[_OTHER[x]][rows]))))
+        for rows in groups.values()
     )
     return np.exp(np.interp(np.log(at), [n[0] for n in nodes], [n[1] for n in nodes]))
 
@@ -98,7 +106,9 @@ def _curve(
     other = _along(part, x, span)
     n, d = (span, other) if x == "n_total" else (other, span)
     where = _where(law, molecule)
-    axis.plot(span, law.value(n, d, where), color=look.color, ls=look.line, lw=1.2, alpha=alpha, zorder=3, gid="law")
+    axis.plot(
+        span, law.value(n, d, where), color=look.color, ls=look.line, lw=1.2, alpha=alpha, zorder=3, gid="law"
+    )
     if alpha == 1 and (band := law.band(n, d, where)) is not None:
         axis.fill_between(span, *band, color=look.color, alpha=0.16, lw=0, zorder=1, gid="band")
 
@@ -112,7 +122,9 @@ def _seed_means(part: Points, x: str, metric: str) -> tuple[list[float], list[fl
     return [c[0] for c in cells], [c[1] for c in cells]
 
 
-def _row(part: Points, i: int, panel: str, metric: str, shown: float, how: str, law: LawFit | None) -> dict[str, Cell]:
+def _row(
+    part: Points, i: int, panel: str, metric: str, shown: float, how: str, law: LawFit | None
+) -> dict[str, Cell]:
     n, d, molecule = float(part["n_total"][i]), float(part["d_prime"][i]), str(part["molecule"][i])
     where = _where(law, molecule) if law is not None else None
     return {
@@ -158,17 +170,27 @@ def _molecule_panel(
                 _curve(axis, law, part, x, molecule, look, alpha)
             else:
                 axis.plot(
-                    *_seed_means(part, x, metric), color=look.color, ls=look.line, lw=0.9, alpha=alpha, zorder=2, gid="mean"
+                    *_seed_means(part, x, metric),
+                    color=look.color,
+                    ls=look.line,
+                    lw=0.9,
+                    alpha=alpha,
+                    zorder=2,
+                    gid="mean",
                 )
             for i in range(len(part)):
                 held = str(part["point_id"][i]) in study.held_out
                 drawn.append(
-                    _row(part, i, molecule, metric, float(part[metric][i]), "held out" if held else "run", law)
+                    _row(
+                        part, i, molecule, metric, float(part[metric][i]), "held out" if held else "run", law
+                    )
                 )
     return drawn
 
 
-def collapse(study: StudyData, kind: str, x: str, metric: str) -> tuple[Points, np.ndarray, LawFit | None, float]:
+def collapse(
+    study: StudyData, kind: str, x: str, metric: str
+) -> tuple[Points, np.ndarray, LawFit | None, float]:
     """Runs of one ansatz with the molecule's level removed: (runs, y, law, held value of the other variable).
 
     With a joint law: y = observed/fitted times the law at (x, reference), so each run keeps its residual while its
@@ -221,6 +243,9 @@ def _collapsed_panel(
             axis.plot(span, law.value(n, d), color=look.color, ls=look.line, lw=1.4, zorder=6, gid="law")
             if (band := law.band(n, d)) is not None:
                 axis.fill_between(span, *band, color=look.color, alpha=0.2, lw=0, zorder=1, gid="band")
+        else:
+            means = _seed_means(rows.with_column(metric, y), x, metric)
+            axis.plot(*means, color=look.color, ls=look.line, lw=1.2, zorder=6, gid="mean")
         for i in range(len(rows)):
             drawn.append(_row(rows, i, "collapsed", metric, float(y[i]), "collapsed", law))
     return drawn
@@ -235,7 +260,9 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     collapsed = len(molecules) > 1
     count = len(molecules) + collapsed
     n_rows, n_columns = style.grid_of(count)
-    figure = style.new_figure(style.DOUBLE if n_columns > 2 else style.SINGLE * n_columns, 1.75 * n_rows + 0.75)
+    figure = style.new_figure(
+        style.DOUBLE if n_columns > 2 else style.SINGLE * n_columns, 1.85 * n_rows + 0.6
+    )
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     flat = list(axes.flat)
     drawn: list[dict[str, Cell]] = []
@@ -253,11 +280,13 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     for axis in flat[count:]:
         axis.remove()
     style.log_axis(flat[0], "y", [row["drawn"] for row in drawn], pad=1.6)
-    figure.supxlabel(style.AXIS_LABEL[x], fontsize=8)
+    style.bottom_labels(flat[:count], n_columns, style.AXIS_LABEL[x])
     figure.supylabel(style.METRIC_LABEL[metric], fontsize=8)
     if metric == "abs_error":
         for axis in flat[:count]:
-            axis.axhspan(axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0)
+            axis.axhspan(
+                axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0
+            )
     style.legend_below(figure, _legend(study, x, metric, kinds, drawn))
     fixed = "T" if x == "n_total" else "N"
     how = (
@@ -284,7 +313,9 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
         notes.append("no fit: the law and its interval are not drawn")
     n_dropped = len(study.headline) - len(headline)
     if n_dropped:
-        notes.append(f"{n_dropped} finished runs have no positive {style.METRIC_NAME[metric]} and cannot be drawn")
+        notes.append(
+            f"{n_dropped} finished runs have no positive {style.METRIC_NAME[metric]} and cannot be drawn"
+        )
     if len(headline.unique("seed")) == 1:
         notes.append("one seed only: the scatter between seeds is not known")
     alt = (
@@ -300,7 +331,9 @@ def _legend(
     handles: list[Line2D | Patch] = list(style.ansatz_handles(kinds))
     name = _HELD_NAME[x]
     handles.append(Line2D([], [], color=style.SOFT, marker="o", ls="none", ms=3.8, label=f"largest {name}"))
-    handles.append(Line2D([], [], color=style.SOFT, marker="o", ls="none", ms=2.8, alpha=0.45, label=f"smaller {name}"))
+    handles.append(
+        Line2D([], [], color=style.SOFT, marker="o", ls="none", ms=2.8, alpha=0.45, label=f"smaller {name}")
+    )
     if any(row["drawn_as"] == "held out" for row in drawn):
         handles.append(
             Line2D([], [], color=style.SOFT, marker="o", ls="none", ms=3.8, mfc=style.PAPER, label="held out")

@@ -14,10 +14,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 SINGLE, DOUBLE = 3.4, 7.0  # inches: journal column and page widths
-INK, SOFT, GRID, PAPER = "#1b1b1f", "#6a6a72", "#d8d8de", "#fdfdfd"  # the report swaps these for theme colours
+INK, SOFT, GRID, PAPER = (
+    "#1b1b1f",
+    "#6a6a72",
+    "#d8d8de",
+    "#fdfdfd",
+)  # the report swaps these for theme colours
 CHEMICAL_ACCURACY = 1.6e-3  # hartree, 1 kcal/mol
 MIN_POINT_SIZE = 7.0
 
@@ -96,6 +108,7 @@ RC: dict[str, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "axes.unicode_minus": True,
+    "mathtext.default": "regular",
     "svg.fonttype": "path",
     "svg.hashsalt": "replicate-figures",
     "pdf.fonttype": 42,
@@ -111,7 +124,7 @@ def house_style() -> Iterator[None]:
     """The project's rcParams on top of matplotlib's own defaults (a user's matplotlibrc changes nothing)."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(RC)
+        mpl.rcParams.update(RC)  # type: ignore[arg-type]
         yield
 
 
@@ -132,6 +145,8 @@ AXIS_LABEL = {
     "n_phase": "phase parameters (count)",
     "d_prime": "D′ = T · S$_F$ (steps)",
     "steps": "steps T (count)",
+    "molecule": "molecule",
+    "fitted": "fitted value",
     "search_fraction": "S$_F$ (fraction of the sector)",
     "flops_estimated": "estimated compute (FLOP)",
     "flops_executed": "executed compute (FLOP)",
@@ -157,17 +172,19 @@ def formula(molecule: str) -> str:
     return _FORMULA.get(molecule.lower(), molecule)
 
 
-def power(value: float) -> str:
-    """A tick or label: 300, 2k, 10^6 (mathtext)."""
-    if value <= 0 or not math.isfinite(value):
-        return f"{value:g}"
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """All plain (300, 0.02) when every tick lies in [0.001, 10000), else all as powers of ten."""
+    if all(1e-3 <= tick < 1e4 for tick in ticks):
+        return [f"{tick:g}" for tick in ticks]
+    return [_power(tick) for tick in ticks]
+
+
+def _power(value: float) -> str:
     exponent = math.floor(math.log10(value) + 1e-9)
     mantissa = value / 10.0**exponent
-    if -2 <= exponent <= 4:
-        return f"{value:g}"
     if abs(mantissa - 1) < 1e-6:
-        return f"$10^{{{exponent}}}$"
-    return f"${mantissa:g}{{\\times}}10^{{{exponent}}}$"
+        return f"$10^{{{exponent}}}$".replace("-", "\u2212")
+    return f"${mantissa:g}{{\\times}}10^{{{exponent}}}$".replace("-", "\u2212")
 
 
 def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, max_ticks: int = 6) -> None:
@@ -188,7 +205,7 @@ def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, m
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
     ticks = _log_ticks(low, high, max_ticks)
     side.set_major_locator(FixedLocator(ticks))
-    side.set_major_formatter(FixedFormatter([power(tick) for tick in ticks]))
+    side.set_major_formatter(FixedFormatter(tick_labels(ticks)))
     if high / low < 1e7:
         side.set_minor_locator(LogLocator(subs=tuple(range(2, 10)), numticks=100))
     else:
@@ -199,12 +216,14 @@ def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, m
 def _log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     decades = last - first + 1
-    if decades >= 3:
+    if decades >= 2:
         every = math.ceil(decades / max_ticks)
         return [10.0**k for k in range(first, last + 1) if (k - last) % every == 0]
     for steps in ((1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
         ticks = [
-            m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps
+            m * 10.0**k
+            for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            for m in steps
         ]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 2:
@@ -222,14 +241,14 @@ def plain_axis(axis: Axes, which: str) -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure outside pyplot's global state, laid out without overlaps."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.05)  # type: ignore[union-attr]
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.05)
     return figure
 
 
-def grid_of(count: int, columns: int = 4) -> tuple[int, int]:
-    """Rows and columns for `count` panels."""
-    columns = min(columns, max(count, 1))
+def grid_of(count: int) -> tuple[int, int]:
+    """Rows and columns for `count` panels: up to four abreast, three where that leaves fewer holes."""
+    columns = count if count <= 4 else (3 if count in (5, 6, 9) else 4)
     return math.ceil(count / columns), columns
 
 
@@ -239,15 +258,30 @@ def ansatz_handles(kinds: Sequence[str], *, line: bool = True) -> list[Line2D]:
     for kind in kinds:
         look = ansatz_style(kind, kinds)
         handles.append(
-            Line2D([], [], color=look.color, marker=look.marker, ls=look.line if line else "none", label=look.label)
+            Line2D(
+                [],
+                [],
+                color=look.color,
+                marker=look.marker,
+                ls=look.line if line else "none",
+                label=look.label,
+            )
         )
     return handles
 
 
-def legend_below(figure: Figure, handles: Sequence[Line2D | Patch], columns: int = 5) -> None:
+def legend_below(figure: Figure, handles: Sequence[Line2D | Patch], columns: int = 6) -> None:
     """One legend under all panels: it cannot hide data."""
     if handles:
-        figure.legend(handles=list(handles), loc="outside lower center", ncols=min(columns, len(handles)))
+        columns = min(columns, columns if figure.get_figwidth() > 5 else 3, len(handles))
+        figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
+
+
+def bottom_labels(axes: Sequence[Axes], columns: int, label: str) -> None:
+    """The x label on every panel that has none below it."""
+    for i, axis in enumerate(axes):
+        if i + columns >= len(axes):
+            axis.set_xlabel(label)
 
 
 def note_panel(axis: Axes, text: str) -> None:
@@ -255,4 +289,14 @@ def note_panel(axis: Axes, text: str) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(False)
-    axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, fontsize=7.5, color=SOFT, wrap=True)
+    axis.text(
+        0.5,
+        0.5,
+        text,
+        ha="center",
+        va="center",
+        transform=axis.transAxes,
+        fontsize=7.5,
+        color=SOFT,
+        wrap=True,
+    )

@@ -167,10 +167,16 @@ def molecules(study: StudyData) -> Sheet:
     rows: list[dict[str, Cell]] = []
     for name, facts in study.molecules.items():
         own = study.points.only(molecule=name)
-        whole = {key: int(facts[key]) for key in ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_flips")}
-        energies: dict[str, Cell] = {key: facts.get(key, math.nan) for key in ("e_hf", "e_ccsd", "e_ccsd_t", "e_fci")}
+        whole = {
+            key: int(facts[key])
+            for key in ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_flips")
+        }
+        energies: dict[str, Cell] = {
+            key: facts.get(key, math.nan) for key in ("e_hf", "e_ccsd", "e_ccsd_t", "e_fci")
+        }
         states: dict[str, Cell] = {
-            label: int(np.sum(own["status"] == code)) for label, code in (("done", 1), ("failed", 2), ("invalid", 3))
+            label: int(np.sum(own["status"] == code))
+            for label, code in (("done", 1), ("failed", 2), ("invalid", 3))
         }
         rows.append({"molecule": name, **whole, **energies, **states, "point_ids": " ".join(own.ids)})
     columns = (
@@ -227,11 +233,16 @@ def runs(study: StudyData) -> Sheet:
         Column("n_modulus", "N mod", csv_only=True),
         Column("n_phase", "N ph", csv_only=True),
         Column("n_total", "N"),
-        *(Column(name, _RUN_LABELS.get(name, name), shown.get(name, 3), name not in shown) for name in numbers),
+        *(
+            Column(name, _RUN_LABELS.get(name, name), shown.get(name, 3), name not in shown)
+            for name in numbers
+        ),
         *(Column(name, name, csv_only=True) for name in costs),
     )
     states = study.counts()
-    caption = "All runs of the cube: " + ", ".join(f"{count} {state}" for state, count in states.items()) + "."
+    caption = (
+        "All runs of the cube: " + ", ".join(f"{count} {state}" for state, count in states.items()) + "."
+    )
     return Sheet(Table(columns, tuple(rows)), caption)
 
 

@@ -69,7 +69,9 @@ def training_curves(study: StudyData) -> Plot:
     """E - E_FCI along training for the longest run of the largest size, per molecule and ansatz, every seed a line."""
     points = _need_history(study)
     kinds = points.unique("ansatz")
-    with_fci = [m for m in points.unique("molecule") if math.isfinite(study.molecules[m].get("e_fci", math.nan))]
+    with_fci = [
+        m for m in points.unique("molecule") if math.isfinite(study.molecules[m].get("e_fci", math.nan))
+    ]
     notes = [f"{m}: no FCI energy, not drawn" for m in points.unique("molecule") if m not in with_fci]
     if not with_fci:
         raise MissingData("no molecule has an FCI energy")
@@ -114,22 +116,38 @@ def training_curves(study: StudyData) -> Plot:
                 for step, energy, delta in zip(history["step"], history["energy"], gap, strict=True)
             ]
         axis.set_title(f"{style.formula(molecule)}  ({len(part)} runs)", fontweight="normal")
-        steps = [float(r["step"]) + 1 for r in rows if r["molecule"] == molecule and isinstance(r["step"], int)]
+        steps = [
+            float(r["step"]) + 1 for r in rows if r["molecule"] == molecule and isinstance(r["step"], int)
+        ]
         style.log_axis(axis, "x", steps, max_ticks=4)
     positive = [float(row["energy_minus_fci"]) for row in rows if _positive(row["energy_minus_fci"])]
     style.log_axis(axes[0], "y", [*positive, style.CHEMICAL_ACCURACY], pad=1.5)
     for axis in axes[: len(with_fci)]:
-        axis.axhspan(axes[0].get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0)
+        axis.axhspan(
+            axes[0].get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0
+        )
     for axis in axes[len(with_fci) :]:
         axis.remove()
-    figure.supxlabel("optimisation step + 1 (count)", fontsize=8)
+    style.bottom_labels(axes[: len(with_fci)], n_columns, "step + 1 (count)")
     figure.supylabel("E − E$_{FCI}$ in training (Ha)", fontsize=8)
     style.legend_below(figure, [*style.ansatz_handles(kinds), *_reference_handles(sorted(names))], columns=4)
     for line in figure.legends[0].get_lines()[: len(kinds)]:
         line.set_marker("")
     if below:
-        notes.append(f"{below} recorded energies lie at or below FCI (sampling noise): not on a log axis, in the CSV")
-    columns = ("molecule", "ansatz", "size", "steps", "seed", "step", "energy", "energy_minus_fci", "point_id")
+        notes.append(
+            f"{below} recorded energies lie at or below FCI (sampling noise): not on a log axis, in the CSV"
+        )
+    columns = (
+        "molecule",
+        "ansatz",
+        "size",
+        "steps",
+        "seed",
+        "step",
+        "energy",
+        "energy_minus_fci",
+        "point_id",
+    )
     caption = (
         "Energy above FCI during training (Monte-Carlo estimates of each recorded step) for the longest run of the "
         f"largest size of each ansatz; every seed is a line ({len(points)} runs; first seed strongest). Horizontal lines: "
@@ -175,7 +193,9 @@ def schedules(study: StudyData) -> Plot:
         "unique samples (count)",
         "S$_F$ of the step (fraction)",
     )
-    first = points.where(np.array([int(s) == _first_seed(points, i) for i, s in enumerate(points["seed"])], bool))
+    first = points.where(
+        np.array([int(s) == _first_seed(points, i) for i, s in enumerate(points["seed"])], bool)
+    )
     for i in range(len(first)):
         molecule, kind = str(first["molecule"][i]), str(first["ansatz"][i])
         look = style.ansatz_style(kind, kinds)
@@ -183,7 +203,15 @@ def schedules(study: StudyData) -> Plot:
         history["search_fraction"] = history["n_unique"] / study.molecules[molecule]["search_space"]
         done = (history["step"] + 1) / float(first["steps"][i])
         for axis, name in zip(axes.flat, names, strict=True):
-            axis.plot(done, history[name], color=look.color, ls=look.line, lw=0.9, alpha=0.7, gid=f"{name}:{first.ids[i]}")
+            axis.plot(
+                done,
+                history[name],
+                color=look.color,
+                ls=look.line,
+                lw=0.9,
+                alpha=0.7,
+                gid=f"{name}:{first.ids[i]}",
+            )
         rows += [
             {
                 "molecule": molecule,
@@ -262,7 +290,9 @@ def energy_levels(study: StudyData) -> Plot:
     """|E - E_FCI| of every finished headline run, by molecule and ansatz, beside the distances of HF, CCSD, CCSD(T)."""
     points = study.need_headline()
     kinds = points.unique("ansatz")
-    molecules = [m for m in points.unique("molecule") if math.isfinite(study.molecules[m].get("e_fci", math.nan))]
+    molecules = [
+        m for m in points.unique("molecule") if math.isfinite(study.molecules[m].get("e_fci", math.nan))
+    ]
     if not molecules:
         raise MissingData("no molecule has an FCI energy")
     figure = style.new_figure(style.DOUBLE if len(molecules) > 2 else style.SINGLE, 3.0)
@@ -277,7 +307,13 @@ def energy_levels(study: StudyData) -> Plot:
             gap = abs(facts.get(key, math.nan) - facts["e_fci"])
             if math.isfinite(gap) and gap > 1e-9:
                 axis.plot(
-                    [k - 0.45, k + 0.45], [gap, gap], color=style.SOFT, ls=line, lw=1.1, zorder=2, gid=f"reference:{key}"
+                    [k - 0.45, k + 0.45],
+                    [gap, gap],
+                    color=style.SOFT,
+                    ls=line,
+                    lw=1.1,
+                    zorder=2,
+                    gid=f"reference:{key}",
                 )
                 names.add(label)
         for j, kind in enumerate(kinds):
@@ -315,7 +351,9 @@ def energy_levels(study: StudyData) -> Plot:
     axis.grid(False, axis="x")
     axis.set_ylabel(style.METRIC_LABEL["abs_error"])
     gaps = [abs(study.molecules[m]["e_hf"] - study.molecules[m]["e_fci"]) for m in molecules]
-    style.log_axis(axis, "y", [*(float(r["abs_error"]) for r in rows if _positive(r["abs_error"])), *gaps], pad=1.6)
+    style.log_axis(
+        axis, "y", [*(float(r["abs_error"]) for r in rows if _positive(r["abs_error"])), *gaps], pad=1.6
+    )
     axis.axhspan(axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0)
     style.legend_below(
         figure, [*style.ansatz_handles(kinds, line=False), *_reference_handles(sorted(names))], columns=4
