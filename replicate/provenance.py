@@ -110,7 +110,7 @@ def hardware() -> dict[str, Any]:
 
 
 def threads() -> dict[str, Any]:
-    """Threads in force: torch's own number where it is loaded, and the variables that set library defaults."""
+    """Threads in force: torch's own number where it is loaded, and the variables that set defaults."""
     found: dict[str, Any] = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     torch = sys.modules.get("torch")  # never imported for the sake of a record
     if torch is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from replicate.spec.files import molecule_from_file
-from replicate.spec.load import AXES, HoldoutSpec, Study, load_study
+from replicate.spec.load import AXES, HoldoutSpec, Study, load_study, molecule_by_name
 from replicate.spec.models import (
     ANSATZ_ENTRY_POINTS,
     MAX_SPIN_ORBITALS,
@@ -42,5 +42,6 @@ __all__ = [
     "UserError",
     "VScoreSpec",
     "load_study",
+    "molecule_by_name",
     "molecule_from_file",
 ]

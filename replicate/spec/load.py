@@ -39,7 +39,7 @@ from replicate.spec.models import (
     _tuples,
     registered_kinds,
 )
-from replicate.spec.problems import findings, show, suggest
+from replicate.spec.problems import explain, findings, show, suggest
 
 AXES = ("molecules", "ansatze", "sizes", "steps", "variants", "seeds")
 SECTIONS: dict[str, type[Model]] = {
@@ -97,7 +97,7 @@ class StudyFile(Model):
 
 @dataclass(frozen=True)
 class Study:
-    """A validated study. `axes`: the labels of every axis in spec order; `points`: all cells that are planned."""
+    """A validated study. `axes`: labels of every axis in spec order; `points`: all planned cells."""
 
     path: str
     text: str
@@ -144,6 +144,27 @@ def load_study(path: str | Path) -> Study:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{shown}: not valid TOML: {error}") from None
     return _Loader(shown, text, raw).study()
+
+
+def molecule_by_name(name: str, table: Path, changes: Mapping[str, Any]) -> MoleculeSpec:
+    """One molecule of a molecule table, with some of its keys changed; raises UserError."""
+    shown = str(table)
+    try:
+        tables = tomllib.loads(read_text(table, shown))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{shown}: not valid TOML: {error}") from None
+    if not isinstance(tables.get(name), dict):
+        raise UserError(f"{shown}: unknown molecule {show(name)}{suggest(name, tables)}")
+    entry: Table = {**tables[name], **changes}
+    if changes.keys() & {
+        "charge",
+        "multiplicity",
+        "basis",
+    }:  # what was known of the neutral molecule no longer is
+        for known in ("reference", "unique_flips", "spin_orbitals" if "basis" in changes else ""):
+            entry.pop(known, None)
+    entry = fill_from_file(entry, table.parent, f"{shown}: {name}")
+    return explain(MoleculeSpec, {**entry, "name": name}, lambda key: f"{shown}: {name}.{key}".rstrip("."))
 
 
 class _Loader:
@@ -336,7 +357,7 @@ class _Loader:
         return found
 
     def _molecule_tables(self) -> tuple[dict[str, Table], dict[str, tuple[str, Path, str]]]:
-        """Molecule tables by name (the spec's own win) and where each stands: file shown, folder, key prefix."""
+        """Molecule tables by name (the spec's own win), and where each stands: file, folder, prefix."""
         folder = Path(self.shown).parent
         tables, source = dict(self.file.molecule), {}
         for name in tables:
@@ -475,7 +496,7 @@ class _Loader:
 
     def _check_scalar(self, name: str, value: Any, key: str) -> None:
         try:
-            Point(**{name: value})  # type: ignore[arg-type]
+            Point(**{name: value})
         except ValidationError as error:
             for field, problem in findings(Point, error):
                 if field == name:  # the other fields are missing here on purpose

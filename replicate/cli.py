@@ -1,0 +1,410 @@
+"""`python -m replicate ...`: every command, its arguments, its exit status (0 done, 1 failed, 2 bad input).
+
+Only the standard library, spec and store are imported here; what is heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from replicate import __version__
+from replicate.provenance import available_cores
+from replicate.scaling import commands as scaling
+from replicate.spec import MoleculeSpec, Point, Study, UserError, load_study, molecule_from_file
+from replicate.store import Store, StoreError
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+ENGINES = ("local", "dask", "slurm")
+
+
+def _say(line: str = "") -> None:
+    print(line)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _json(record: Any) -> None:
+    print(json.dumps(record, indent=1, allow_nan=False))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns aligned for reading; numbers are right-aligned by the caller's formatting."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _number(value: float | None, form: str = ".2e") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Study, Store]:
+    study = load_study(arguments.spec)
+    return study, Store.of(study, arguments.artifacts, warn=_warn)
+
+
+def _only(study: Study, ids: Sequence[str] | None) -> list[Point]:
+    """The chosen points; a UserError names ids that the study does not have."""
+    if not ids:
+        return list(study.points)
+    unknown = [i for i in ids if i not in study.by_id]
+    if unknown:
+        raise UserError(*(f"{study.path}: no point {i}; `plan` lists the ids" for i in unknown))
+    return [study.by_id[i] for i in dict.fromkeys(ids)]
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """List every point."""
+    from replicate.plan import plan_record
+
+    study, store = _open(arguments)
+    record = plan_record(study, store)
+    if arguments.json:
+        _json(record)
+        return DONE
+    rows = [
+        (
+            row["id"],
+            row["molecule"],
+            row["ansatz"],
+            row["size"],
+            str(row["steps"]),
+            row["variant"],
+            str(row["seed"]),
+            _number(row["n_modulus"], "d"),
+            _number(row["n_phase"], "d"),
+            _number(row["n_total"], "d"),
+            _number(row["flops_estimated"]),
+            _duration(row["seconds_estimated"]),
+            row["state"] + (" (held out)" if row["held_out"] else ""),
+        )
+        for row in record["points"]
+    ]
+    header = "id molecule ansatz size steps variant seed N_mod N_ph N FLOP time state".split()
+    _table(header, rows)
+    _say()
+    _say(
+        f"{study.name}: {record['n_points']} points, {record['n_left']} to run; estimated "
+        f"{_number(record['flops_estimated'])} FLOP in all (no reuse), about "
+        f"{_duration(record['seconds_estimated_left'])} of one core left"
+    )
+    return DONE
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train what is not done."""
+    study, store = _open(arguments)
+    points = _only(study, arguments.only)
+    if arguments.engine != "local":
+        raise UserError(f"--engine {arguments.engine}: not available in this version; allowed local")
+    from replicate.engine.local import Options, sweep
+    from replicate.plan import estimates, longest_first
+
+    cores = available_cores()
+    gpu = arguments.device == "cuda" or (arguments.device == "auto" and Path("/dev/nvidiactl").exists())
+    workers = arguments.workers or (1 if gpu else max(1, cores // arguments.threads))
+    if workers * arguments.threads > cores:
+        raise UserError(
+            f"--workers {workers} --threads {arguments.threads}: more than this machine's {cores} cores; "
+            "lower one of them"
+        )
+    options = Options(
+        workers=workers,
+        threads=arguments.threads,
+        device=arguments.device,
+        artifacts=arguments.artifacts,
+        retry_failed=arguments.retry_failed,
+    )
+    outcome = sweep(study, longest_first(points, estimates(study, store)), options)
+    if outcome.fatal:
+        _warn(outcome.fatal)
+        return FAILED
+    _say(
+        f"{study.name}: {len(outcome.done)} trained, {len(outcome.skipped)} were done, "
+        f"{len(outcome.failed)} failed"
+    )
+    for point_id, reason in outcome.failed.items():
+        _warn(f"failed: {point_id} {study.by_id[point_id]}: {reason}")
+    if outcome.failed:
+        _warn(f"traces: {store.points}/<id>.error.json; run again with --retry-failed to try them anew")
+    if outcome.interrupted:
+        _warn("stopped before the end; the same command goes on from the checkpoints")
+    return FAILED if outcome.failed or outcome.interrupted else DONE
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Say what the files say."""
+    study, store = _open(arguments)
+    rows = []
+    for point in study.points:
+        state = store.status(point.id)
+        rows.append({"id": point.id, "point": str(point), "state": state.state, "reason": state.reason})
+    counts = {
+        state: sum(r["state"] == state for r in rows) for state in ("done", "running", "failed", "missing")
+    }
+    if arguments.json:
+        _json({"study": study.name, "spec": study.path, "counts": counts, "points": rows})
+        return DONE
+    shown = [r for r in rows if r["state"] != "done"] if not arguments.all else rows
+    if shown:
+        _table(
+            ("id", "point", "state", "reason"),
+            [(r["id"], r["point"], r["state"], r["reason"]) for r in shown],
+        )
+        _say()
+    _say(f"{study.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return DONE
+
+
+def collect(arguments: argparse.Namespace) -> int:
+    """Make the cube."""
+    study, store = _open(arguments)
+    if not store.points.is_dir():
+        raise UserError(f"{store.points}: no such folder; run the study first: `run {study.path}`")
+    from replicate import cube
+
+    tree = cube.collect(study, store)
+    path = store.root / "cube.nc"
+    cube.write_cube(tree, path)
+    final = tree["final"].to_dataset()
+    codes = final["status"].values[final["planned"].values == 1]
+    names = ("missing", "done", "failed", "invalid")
+    counts = ", ".join(f"{int((codes == code).sum())} {name}" for code, name in enumerate(names))
+    _say(f"{path}: {len(study.points)} points: {counts}")
+    return DONE
+
+
+def molecule(arguments: argparse.Namespace) -> int:
+    """Describe a molecule."""
+    spec = _molecule_spec(arguments)
+    from replicate.molecule import load_molecule
+    from replicate.run import molecule_record
+
+    record = {
+        "name": spec.name,
+        **molecule_record(load_molecule(spec, cache=arguments.artifacts / ".molecules")),
+    }
+    if arguments.json:
+        _json(record)
+        return DONE
+    for name, value in record.items():
+        _say(f"{name:20s} {'-' if value is None else f'{value:.10f}' if isinstance(value, float) else value}")
+    return DONE
+
+
+def _molecule_spec(arguments: argparse.Namespace) -> MoleculeSpec:
+    name = arguments.name
+    charge, multiplicity, basis = arguments.charge, arguments.multiplicity, arguments.basis
+    if Path(name).suffix.lower() in (".xyz", ".fcidump") or Path(name).is_file():
+        return molecule_from_file(
+            name, charge=charge or 0, multiplicity=multiplicity or 1, basis=basis or "sto-3g"
+        )
+    from replicate.spec import molecule_by_name
+
+    changes = {"charge": charge, "multiplicity": multiplicity, "basis": basis}
+    return molecule_by_name(name, arguments.molecules, {k: v for k, v in changes.items() if v is not None})
+
+
+def flops(arguments: argparse.Namespace) -> int:
+    """Estimated FLOPs in parts beside what ran."""
+    study, store = _open(arguments)
+    points = _only(study, arguments.only)
+    from replicate.plan import flops_record
+
+    record = flops_record(points, store)
+    if arguments.json:
+        _json(record)
+        return DONE
+    if not record:
+        _say("no point has a closed-form estimate")
+        return DONE
+    parts = list(dict.fromkeys(name for row in record for name in row["parts"]))
+    header = ["id", "point", *parts, "executed", "ratio", "time"]
+    _table(
+        header,
+        [
+            [
+                row["id"],
+                row["point"],
+                *(_number(row["parts"].get(name)) for name in parts),
+                _number(row["flops_executed"]),
+                _number(row["ratio"], ".1f"),
+                _duration(row["wall_seconds"]),
+            ]
+            for row in record
+        ],
+    )
+    return DONE
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Re-run stored points and compare."""
+    study, store = _open(arguments)
+    points = _only(study, arguments.only)
+    from replicate import verify as module
+
+    chosen = module.choose(points, store, arguments.sample, arguments.seed)
+    if not chosen:
+        raise UserError(f"{store.points}: no stored point to verify; run the study first")
+    device = "cpu" if arguments.device == "auto" else arguments.device
+    verdicts = module.verify(chosen, store, arguments.artifacts / ".molecules", device)
+    if arguments.json:
+        _json([verdict.record() for verdict in verdicts])
+    else:
+        for v in verdicts:
+            place = "same machine and versions" if v.same_place else "another machine or versions"
+            detail = f"; differs: {', '.join(v.differs)}" if v.differs else ""
+            energies = f"E {v.energy_stored:.10f} -> {v.energy_now:.10f}"
+            _say(f"{v.id} {v.point}: {v.outcome} ({place}), {energies}{detail}")
+        agree = sum(v.outcome != "different" for v in verdicts)
+        _say(f"{study.name}: {agree} of {len(verdicts)} points verified")
+    return DONE if all(v.outcome != "different" for v in verdicts) else FAILED
+
+
+# -- arguments ---------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = argparse.ArgumentParser(
+        prog="python -m replicate",
+        description="Scaling laws of neural quantum states: from a spec to points, a cube, a fit.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad input. Figures: python -m figures CUBE.",
+    )
+    top.add_argument("--version", action="version", version=f"nqs-scaling {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(function=function)
+        return made
+
+    def spec_command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str, *, as_json: bool
+    ) -> argparse.ArgumentParser:
+        made = command(name, function, text)
+        made.add_argument("spec", metavar="SPEC", help="study file, for example specs/laptop.toml")
+        _artifacts(made)
+        if as_json:
+            made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return made
+
+    spec_command(
+        "plan", plan, "list every point with sizes, estimated FLOPs and time, and what is done", as_json=True
+    )
+
+    made = spec_command("run", run, "train every point that is not done; resumable", as_json=False)
+    made.add_argument("--engine", choices=ENGINES, default="local", help="where points run (default: local)")
+    made.add_argument(
+        "--workers", type=_positive, help="points at a time (default: cores / threads, 1 on a GPU)"
+    )
+    made.add_argument(
+        "--threads", type=_positive, default=1, help="threads per worker (default: 1; can change bits)"
+    )
+    made.add_argument("--address", help="scheduler of the dask engine")
+    _device(made)
+    _only_argument(made)
+    made.add_argument("--retry-failed", action="store_true", help="run failed points again")
+
+    made = spec_command(
+        "status", status, "done, running, failed and missing points, with reasons", as_json=True
+    )
+    made.add_argument("--all", action="store_true", help="also list the points that are done")
+
+    spec_command("collect", collect, "gather the points into artifacts/<study>/cube.nc", as_json=False)
+
+    made = command("fit", scaling.run_fit, "fit scaling laws to a cube, or to any table (--csv)")
+    scaling.add_fit_arguments(made)
+    made = command("allocate", scaling.run_allocate, "compute-optimal size and steps for a FLOP budget")
+    scaling.add_allocate_arguments(made)
+
+    made = command("molecule", molecule, "size, Hamiltonian and reference energies of a molecule")
+    made.add_argument("name", metavar="NAME|FILE", help="name in the molecule table, .xyz file or FCIDUMP")
+    made.add_argument("--charge", type=int, help="total charge (default: 0, or the table's)")
+    made.add_argument("--multiplicity", type=_positive, help="2 S + 1 (default: 1, or the table's)")
+    made.add_argument("--basis", help="basis set (default: sto-3g, or the table's)")
+    made.add_argument(
+        "--molecules", type=Path, default=Path("specs/molecules.toml"), metavar="FILE", help="molecule table"
+    )
+    made.add_argument("--json", action="store_true", help="print JSON; keys are the cube's /molecule names")
+    _artifacts(made)
+
+    made = spec_command(
+        "flops", flops, "estimated FLOPs in parts beside executed counts and times", as_json=True
+    )
+    _only_argument(made)
+
+    made = spec_command("verify", verify, "re-run stored points and compare them", as_json=True)
+    made.add_argument("--sample", type=_positive, default=3, metavar="K", help="how many points (default: 3)")
+    made.add_argument("--seed", type=int, default=0, help="which points (default: 0)")
+    _device(made)
+    _only_argument(made)
+    return top
+
+
+def _artifacts(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--artifacts",
+        type=Path,
+        default=Path("artifacts"),
+        metavar="DIR",
+        help="results folder (default: artifacts)",
+    )
+
+
+def _device(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _only_argument(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--only", nargs="+", metavar="ID", help="only these points")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        function: Callable[[argparse.Namespace], int] = arguments.function
+        return function(arguments)
+    except UserError as error:
+        for problem in error.problems:
+            _warn(problem)
+        return BAD_INPUT
+    except StoreError as error:
+        _warn(str(error))
+        return FAILED
+    except BrokenPipeError:  # the reader of a table has seen enough
+        sys.stderr.close()
+        return DONE
+    except KeyboardInterrupt:
+        _warn("interrupted")
+        return FAILED

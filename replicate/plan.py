@@ -1,0 +1,179 @@
+"""What a study will cost, before anything heavy is loaded: sizes, FLOPs, a rough time, what is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from replicate import flops
+from replicate.spec import Point, Study
+from replicate.store import Store
+
+# Rough speed of one thread, for planning only; measured speeds replace it as soon as points are done.
+STEP_SECONDS = 2e-3  # overhead of a step
+FLOP_PER_SECOND = 4e9  # of the small matrix products of a prefix tree
+PREFIXES_PER_DETERMINANT = 0.65  # N2: 9 401 evaluated prefixes for 14 400 determinants
+MEASURED_POINTS = 100  # done points that are opened to learn the speed of this machine
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected size and cost of one point; None where only a run can tell."""
+
+    point: Point
+    n_modulus: int | None
+    n_phase: int | None
+    flops: float | None
+    seconds: float | None
+
+
+def count_parameters(point: Point, n_qubits: int) -> tuple[int, int] | None:
+    """(N_mod, N_ph) in closed form (SCIENCE section 1); None for an ansatz from outside."""
+    try:
+        n_modulus = flops.modulus_parameters(point.ansatz.kind, point.ansatz.params, n_qubits)
+    except KeyError:
+        return None
+    return n_modulus, flops.phase_parameters(point.phase.width, point.phase.depth, n_qubits)
+
+
+def estimated_parts(point: Point, n_qubits: int, n_unique_flips: int, samples: int) -> dict[str, float]:
+    """The study's FLOP estimate for `samples` unique samples (summed over steps), in named parts and "total".
+
+    Raises KeyError for an ansatz from outside, which has no closed form.
+    """
+    per_sample = flops.estimate_sample(
+        point.ansatz.kind,
+        point.ansatz.params,
+        point.phase.width,
+        point.phase.depth,
+        n_qubits=n_qubits,
+        n_unique_flips=n_unique_flips,
+    )
+    return {name: float(samples * value) for name, value in per_sample.items()}
+
+
+def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
+    """Closed forms at the largest batch that the point can reach, min(B_max, |S|)."""
+    n, space, flips = point.molecule.n_spin_orbitals, point.molecule.search_space, point.molecule.unique_flips
+    counts = None if n is None else count_parameters(point, n)
+    if n is None or space is None or counts is None:
+        seconds = None if seconds_per_step is None else point.steps * seconds_per_step
+        return Estimate(point, None, None, None, seconds)
+    batch = min(point.sampling.batch_max, space)
+    total = None
+    if flips is not None:
+        total = estimated_parts(point, n, flips, point.steps * batch)["total"]
+    if seconds_per_step is None:
+        work = 6.0 * batch * (PREFIXES_PER_DETERMINANT * counts[0] + counts[1])  # forward and backward
+        seconds_per_step = STEP_SECONDS + work / FLOP_PER_SECOND
+    return Estimate(point, *counts, total, point.steps * seconds_per_step)
+
+
+def _cell(point: Point) -> tuple[str, str, str, str]:
+    return point.molecule.name, point.ansatz.name, point.size, point.variant
+
+
+def measured_speeds(points: Iterable[Point], store: Store) -> dict[tuple[str, str, str, str], float]:
+    """Seconds per step of (molecule, ansatz, size, variant) from stored points, longest run first."""
+    import netCDF4
+
+    speeds: dict[tuple[str, str, str, str], float] = {}
+    opened = 0
+    for point in sorted(points, key=lambda p: -p.steps):
+        path = store.point_path(point.id)
+        if _cell(point) in speeds or opened >= MEASURED_POINTS or not path.exists():
+            continue
+        opened += 1
+        try:
+            with netCDF4.Dataset(path) as data:
+                speeds[_cell(point)] = float(data["wall_seconds"][...]) / point.steps
+        except (OSError, IndexError, RuntimeError):  # `run` and `collect` deal with unreadable files
+            continue
+    return speeds
+
+
+def estimates(study: Study, store: Store) -> list[Estimate]:
+    """One estimate per point, in the order of the study."""
+    speeds = measured_speeds(study.points, store) if store.points.is_dir() else {}
+    return [estimate(point, speeds.get(_cell(point))) for point in study.points]
+
+
+def longest_first(points: Iterable[Point], known: Iterable[Estimate]) -> list[Point]:
+    """Points by expected time, longest first: the last worker to end then ends early."""
+    seconds = {e.point.id: e.seconds or 0.0 for e in known}
+    return sorted(points, key=lambda point: -seconds[point.id])
+
+
+def plan_record(study: Study, store: Store) -> dict[str, Any]:
+    """The JSON of `plan --json`."""
+    rows: list[dict[str, Any]] = []
+    for item in estimates(study, store):
+        point, status = item.point, store.status(item.point.id)
+        total = None if item.n_modulus is None or item.n_phase is None else item.n_modulus + item.n_phase
+        rows.append(
+            {
+                "id": point.id,
+                "molecule": point.molecule.name,
+                "ansatz": point.ansatz.name,
+                "size": point.size,
+                "steps": point.steps,
+                "variant": point.variant,
+                "seed": point.seed,
+                "n_modulus": item.n_modulus,
+                "n_phase": item.n_phase,
+                "n_total": total,
+                "flops_estimated": item.flops,
+                "seconds_estimated": item.seconds,
+                "state": status.state,
+                "held_out": study.is_holdout(point),
+            }
+        )
+    left = [row for row in rows if row["state"] != "done"]
+    return {
+        "study": study.name,
+        "spec": study.path,
+        "n_points": len(rows),
+        "n_left": len(left),
+        "flops_estimated": sum(row["flops_estimated"] or 0.0 for row in rows),
+        "seconds_estimated_left": sum(row["seconds_estimated"] or 0.0 for row in left),
+        "points": rows,
+    }
+
+
+def flops_record(points: Iterable[Point], store: Store) -> list[dict[str, Any]]:
+    """The JSON of `flops --json`: per point the estimate in parts, executed FLOPs, their ratio and speed.
+
+    The estimate is from the recorded unique counts once a point has run, else at the largest batch; what only
+    a run can tell is None until then.
+    """
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        row: dict[str, Any] = {
+            "id": point.id,
+            "point": str(point),
+            "flops_executed": None,
+            "wall_seconds": None,
+        }
+        data = store.read_point(point.id)
+        if data is not None:
+            row["parts"] = json.loads(data.attrs["flops_estimated_parts"])
+            row["flops_executed"] = float(data["flops_executed"])
+            row["wall_seconds"] = float(data["wall_seconds"])
+        else:
+            n, space, flips = (
+                point.molecule.n_spin_orbitals,
+                point.molecule.search_space,
+                point.molecule.unique_flips,
+            )
+            if n is None or space is None or flips is None or count_parameters(point, n) is None:
+                continue
+            row["parts"] = estimated_parts(
+                point, n, flips, point.steps * min(point.sampling.batch_max, space)
+            )
+        executed = row["flops_executed"]
+        row["ratio"] = row["parts"]["total"] / executed if executed else None
+        row["flop_per_second"] = executed / row["wall_seconds"] if executed and row["wall_seconds"] else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,382 @@
+"""Where results live: one immutable NetCDF per point, checkpoints, claims, errors.
+
+    artifacts/<study>/points/<id>.nc           written once: temporary file, fsync, rename
+    artifacts/<study>/points/<id>.ckpt         tensors and JSON, replaced atomically; gone when done
+    artifacts/<study>/points/<id>.claim        who works on it; stale ones are taken over
+    artifacts/<study>/points/<id>.error.json   why it failed
+
+A file that cannot be read is moved aside (`<name>.corrupt`), never deleted, and its point runs again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from replicate.spec import Point, Study, UserError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from replicate.trainer import Checkpoint
+
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over
+
+
+class StoreError(Exception):
+    """The folder cannot do what is asked (full, read-only); one line with the path and the reason."""
+
+
+@contextlib.contextmanager
+def _reported(path: Path, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
+        raise StoreError(f"{path}: cannot {doing} ({reason})") from error
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, durably and in one instant."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _reported(path, "be written"):
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename an unreadable file so that it is kept but no longer in the way."""
+    target = path.with_name(path.name + ".corrupt")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt{number}")
+    with _reported(path, "be moved aside"):
+        path.replace(target)
+    return target
+
+
+# -- claims ------------------------------------------------------------------------------------------
+
+
+@cache
+def _machine() -> str:
+    """This machine since its last boot: process ids mean something only within it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{platform.node()} {boot}".strip()
+
+
+def _process_start(pid: int) -> int | None:
+    """Start of a process in clock ticks since boot (tells a reused process id), None if it is not alive."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:  # no /proc on this system: alive is all that can be known
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return 0
+        return 0
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+class Claim:
+    """An exclusive right to work on a point, kept alive by a heartbeat thread; a context manager."""
+
+    def __init__(self, path: Path, content: str) -> None:
+        self._path, self._content = path, content
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"heartbeat {path.stem}", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(
+                OSError
+            ):  # a full or vanished disk is reported by whoever writes results
+                os.utime(self._path)
+
+    def release(self) -> None:
+        self._done.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._path.read_text(encoding="utf-8") == self._content:  # still ours
+                self._path.unlink()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+# -- the store ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PointStatus:
+    """State of a point on disk: done, running, failed or missing, with a reason in words."""
+
+    state: str
+    reason: str = ""
+    checkpoint: bool = False
+
+
+class Store:
+    """The files of one study. `warn` receives one line for everything found wrong and put right."""
+
+    def __init__(self, root: Path, warn: Callable[[str], None] | None = None) -> None:
+        self.root = root
+        self.points = root / "points"
+        self._warn = warn or (lambda line: None)
+
+    @classmethod
+    def of(cls, study: Study, artifacts: Path, warn: Callable[[str], None] | None = None) -> Store:
+        """The store of a study: artifacts/<study>."""
+        return cls(artifacts / study.name, warn)
+
+    def prepare(self) -> None:
+        """Make the folders and see that they can be written; raises StoreError."""
+        with _reported(self.points, "be written"):
+            self.points.mkdir(parents=True, exist_ok=True)
+            probe = self.points / f".probe.{os.getpid()}.tmp"
+            probe.write_text("", encoding="utf-8")
+            probe.unlink()
+
+    def point_path(self, point_id: str) -> Path:
+        return self.points / f"{point_id}.nc"
+
+    def checkpoint_path(self, point_id: str) -> Path:
+        return self.points / f"{point_id}.ckpt"
+
+    def error_path(self, point_id: str) -> Path:
+        return self.points / f"{point_id}.error.json"
+
+    def claim_path(self, point_id: str) -> Path:
+        return self.points / f"{point_id}.claim"
+
+    # -- point files
+
+    def write_point(self, point_id: str, data: xr.Dataset) -> None:
+        """Write a finished point once (a file already there is kept) and remove its checkpoint and error."""
+        path = self.point_path(point_id)
+        encoding: dict[Any, Any] = {
+            # fletcher32: a flipped bit is found when the chunk is read, not believed
+            name: {"zlib": True, "complevel": 4, "fletcher32": True} if variable.ndim else {}
+            for name, variable in data.variables.items()
+            if variable.dtype.kind in "fiu"
+        }
+        if not path.exists():
+            with replacing(path) as temporary:
+                data.to_netcdf(temporary, engine="netcdf4", format="NETCDF4", encoding=encoding)
+        with contextlib.suppress(OSError):
+            self.error_path(point_id).unlink(missing_ok=True)
+            self.checkpoint_path(point_id).unlink(missing_ok=True)
+
+    def read_point(self, point_id: str) -> xr.Dataset | None:
+        """The stored point in memory; None if it is missing, or unreadable and therefore moved aside."""
+        import xarray as xr
+
+        path = self.point_path(point_id)
+        if not path.exists():
+            return None
+        try:
+            data = xr.load_dataset(path, engine="netcdf4")
+            if data.attrs["point_id"] != point_id:
+                raise ValueError(f"it holds point {data.attrs['point_id']}")
+        except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
+            if isinstance(error, PermissionError):
+                raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+            self._reject(path, error)
+            return None
+        return data
+
+    def check_point(self, point_id: str) -> bool:
+        """Whether a point is done and its file opens whole (cheap: HDF5 knows its own length)."""
+        import netCDF4
+
+        path = self.point_path(point_id)
+        if not path.exists():
+            return False
+        try:
+            with netCDF4.Dataset(path) as data:
+                if data.getncattr("point_id") != point_id:
+                    raise ValueError(f"it holds point {data.getncattr('point_id')}")
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+            if isinstance(error, PermissionError):
+                raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+            self._reject(path, error)
+            return False
+        return True
+
+    def _reject(self, path: Path, error: Exception) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        kept = move_aside(path)
+        self._warn(f"{path}: unreadable ({reason}); kept as {kept.name}, its point runs again")
+
+    # -- checkpoints
+
+    def write_checkpoint(self, point_id: str, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint of a point in one instant. Tensors and one JSON string, no other objects."""
+        import torch
+
+        meta = {"point_id": point_id, "step": checkpoint.step, "meta": checkpoint.meta}
+        with replacing(self.checkpoint_path(point_id)) as temporary:
+            # RuntimeError is how torch's own writer reports a full disk.
+            try:
+                torch.save({"tensors": checkpoint.tensors, "json": json.dumps(meta)}, temporary)
+            except RuntimeError as error:
+                raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
+
+    def read_checkpoint(self, point_id: str) -> Checkpoint | None:
+        """The checkpoint of this very point, or None; an unreadable or foreign one is moved aside."""
+        import torch
+
+        from replicate.trainer import Checkpoint
+
+        path = self.checkpoint_path(point_id)
+        if not path.exists():
+            return None
+        try:
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+            meta = json.loads(raw["json"])
+            if meta["point_id"] != point_id:
+                raise ValueError(f"it belongs to point {meta['point_id']}")
+            return Checkpoint(step=meta["step"], tensors=raw["tensors"], meta=meta["meta"])
+        except PermissionError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        # A damaged archive surfaces as almost any exception of zipfile, the unpickler or torch.
+        except Exception as error:
+            self._reject(path, error)
+            return None
+
+    # -- claims
+
+    def claim(self, point_id: str) -> Claim | None:
+        """The exclusive right to run a point, or None if somebody alive has it."""
+        path = self.claim_path(point_id)
+        content = json.dumps(
+            {
+                "machine": _machine(),
+                "pid": os.getpid(),
+                "start": _process_start(os.getpid()),
+                "t": time.time_ns(),
+            }
+        )
+        with _reported(path, "be written"):
+            self.points.mkdir(parents=True, exist_ok=True)
+            with (self.points / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two sweeps must not both take over one stale claim
+                if path.exists() and self._alive(path):
+                    return None
+                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                temporary.write_text(content, encoding="utf-8")
+                temporary.replace(path)
+        return Claim(path, content)
+
+    def _alive(self, path: Path) -> bool:
+        try:
+            owner = json.loads(path.read_text(encoding="utf-8"))
+            if owner["machine"] == _machine():
+                return _process_start(owner["pid"]) == owner["start"]
+            touched = path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError):  # torn by a crash: the heartbeat has to tell
+            touched = path.stat().st_mtime
+        return bool(self._filesystem_time() - touched < STALE_SECONDS)
+
+    def _filesystem_time(self) -> float:
+        """Now, by the clock that stamps the claims: clocks of two machines differ, and clocks jump."""
+        probe = self.points / f".clock.{os.getpid()}.tmp"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+    # -- errors and status
+
+    def write_error(self, point: Point, error: BaseException | str) -> None:
+        """Record why a point failed; best effort on a disk that may be the reason."""
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        trace = "" if isinstance(error, str) else "".join(traceback.format_exception(error))
+        record = {"id": point.id, "point": str(point), "error": text, "traceback": trace}
+        with contextlib.suppress(StoreError), replacing(self.error_path(point.id)) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def read_error(self, point_id: str) -> str | None:
+        """The reason a point failed, in one line, or None."""
+        try:
+            record = json.loads(self.error_path(point_id).read_text(encoding="utf-8"))
+            return str(record["error"]).splitlines()[0]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, IndexError, OSError):
+            return "unknown (the error file is unreadable)"
+
+    def clear_error(self, point_id: str) -> None:
+        with _reported(self.error_path(point_id), "be removed"):
+            self.error_path(point_id).unlink(missing_ok=True)
+
+    def status(self, point_id: str) -> PointStatus:
+        """What the files say; reads no result."""
+        if self.point_path(point_id).exists():
+            return PointStatus("done")
+        checkpoint = self.checkpoint_path(point_id).exists()
+        claim = self.claim_path(point_id)
+        if claim.exists() and self._alive(claim):
+            return PointStatus("running", checkpoint=checkpoint)
+        error = self.read_error(point_id)
+        if error is not None:
+            return PointStatus("failed", error, checkpoint)
+        return PointStatus(
+            "missing", "interrupted, goes on from its checkpoint" if checkpoint else "", checkpoint
+        )
+
+
+def require_folder(path: Path, what: str) -> None:
+    """A UserError if a folder that a command reads is not there."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no {what} here; run the study first (`python -m replicate run SPEC`)")
