@@ -171,20 +171,24 @@ def canonical_orbitals(mf: Any, degenerate: str) -> tuple[Floats, Floats]:
 def _orient(block: Floats, degenerate: str) -> Floats:
     """A basis of the span of `block` (orthonormal columns, AO x k) that does not depend on the basis it came in.
 
-    The orbitals are the Gram-Schmidt projections of fixed directions onto the span. "aligned": of the AOs, the one
-    with the largest projection first, so that all pi pairs of a linear molecule share their axes (the fewest Pauli
-    strings). "generic": of fixed irrational directions, so that each block has an orientation of its own: what a
+    The orbitals are the projections of fixed directions onto the span, one after the other. "aligned": of the AOs the
+    one with the largest projection, so that all pi pairs of a linear molecule share their axes (the fewest Pauli
+    strings). "generic": fixed irrational directions, so that each block has an orientation of its own: what a
     diagonaliser without symmetry returns, as in the study's code lineage, but the same every time.
     """
     span, size = block @ block.T, block.shape[1]
+    index = np.arange(1.0, len(span) + 1.0)
     out: list[Floats] = []
-    for j in range(size):
-        weight = np.diagonal(span)
-        pivot = int(np.flatnonzero(weight > weight.max() * (1 - _TIE))[0])
+    frequency = 0
+    while len(out) < size:
         if degenerate == "generic" and size > 1:
-            column = span @ np.sin((1.0 + j) * np.arange(1.0, len(span) + 1.0))
+            frequency += 1
+            column = span @ np.cos(frequency * index)
+            if np.linalg.norm(column) < 0.1:  # nearly orthogonal to the span: rounding would decide
+                continue
         else:
-            column = span[:, pivot]
+            weight = np.diagonal(span)
+            column = span[:, int(np.flatnonzero(weight > weight.max() * (1 - _TIE))[0])]
         column = column / np.linalg.norm(column)
         out.append(column)
         span = span - np.outer(column, column)
