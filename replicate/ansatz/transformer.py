@@ -1,0 +1,165 @@
+"""Decoder-only transformer modulus (SCIENCE.md section 1.2; Vaswani et al. 2017, lineage arXiv:2411.03900)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from replicate.ansatz.base import Level, State
+from replicate.sector import TOKENS, Sector
+from replicate.tree import START, SYMBOLS, Blocks, PrefixTree, tokens_of
+
+# Nodes per attention block: smaller ones waste fewer operations on masked pairs, larger ones make better use of
+# matrix products; 16 was the fastest on a CPU among 8, 16, 32 and 64 (forward and backward).
+BLOCK_WIDTH = 16
+
+Mix = Callable[[Tensor], Tensor]  # (rows, 3d) queries, keys, values -> (rows, d): attention in some layout
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and feed-forward with residuals; the attention's layout is the caller's.
+
+    Biases everywhere, layer norm after ("post", the lineage) or before ("pre") each sublayer.
+    """
+
+    def __init__(self, d: int, ff: int, norm: str, activation: str) -> None:
+        super().__init__()
+        self.pre = norm == "pre"
+        self.activation = {"relu": torch.relu, "gelu": functional.gelu}[activation]
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.up = nn.Linear(d, ff)
+        self.down = nn.Linear(ff, d)
+        self.norm1 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor, mix: Mix) -> Tensor:
+        """(rows, d) -> (rows, d)."""
+        if self.pre:
+            x = x + self.out(mix(self.qkv(self.norm1(x))))
+            return x + self.down(self.activation(self.up(self.norm2(x))))
+        x = self.norm1(x + self.out(mix(self.qkv(x))))
+        normed: Tensor = self.norm2(x + self.down(self.activation(self.up(x))))
+        return normed
+
+
+class Transformer(nn.Module):
+    """`layers` layers of `heads` heads at model width `d`, feed-forward width `ff`.
+
+    Weights and embeddings start N(0, init_std), biases 0.
+    N_mod = L(4d^2+2df+9d+f) + 5d + (n/2)d + 4d + 4. Raises ValueError for an impossible shape or name.
+    """
+
+    def __init__(
+        self,
+        sector: Sector,
+        d: int,
+        heads: int,
+        ff: int,
+        layers: int,
+        norm: str = "post",
+        activation: str = "relu",
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if d % heads:
+            raise ValueError(f"d = {d} is not a multiple of heads = {heads}")
+        for key, value, known in (("norm", norm, ("post", "pre")), ("activation", activation, ("relu", "gelu"))):
+            if value not in known:
+                raise ValueError(f"{key}: {value!r} is not one of {', '.join(known)}")
+        self.sector, self.heads, self.d = sector, heads, d
+        self.token = nn.Embedding(SYMBOLS, d)
+        self.position = nn.Embedding(sector.n_orbitals, d)
+        self.layers = nn.ModuleList(TransformerLayer(d, ff, norm, activation) for _ in range(layers))
+        self.head = nn.Linear(d, TOKENS)
+        normal_init(self, init_std)
+
+    def tree_logits(self, tree: PrefixTree) -> Tensor:
+        """Every node is one position; attention over its ancestors as dense depth-first blocks."""
+        blocks = tree.blocks(BLOCK_WIDTH)
+        x = embed(self.token, self.position, tree, blocks.n_padded)
+        bias = torch.zeros(blocks.mask.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill_(~blocks.mask, -torch.inf).unsqueeze(1)
+        mix = partial(self._attend_blocks, blocks=blocks, bias=bias)
+        for layer in self.layers:
+            x = layer(x, mix)
+        logits: Tensor = self.head(x[: tree.n_nodes])
+        return logits
+
+    def _attend_blocks(self, qkv: Tensor, blocks: Blocks, bias: Tensor) -> Tensor:
+        # Spelled out: the fused kernel is half as fast on blocks this small (forward and backward, CPU).
+        query, key, value = block_heads(qkv, blocks, self.heads)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias
+        return (scores.softmax(-1) @ value).transpose(1, 2).reshape(-1, self.d)
+
+    def flat_logits(self, keys: Tensor) -> Tensor:
+        """Full causal sequences, nothing shared: int64 (batch,) -> (batch, T, 4)."""
+        tokens = tokens_of(keys, self.sector.n_orbitals)
+        symbols = torch.cat([torch.full_like(tokens[:, :1], START), tokens[:, :-1]], dim=1)
+        x = self.token(symbols) + self.position.weight
+        batch, length, d = x.shape
+        x = x.reshape(-1, d)
+
+        def attend(qkv: Tensor) -> Tensor:
+            parts = qkv.view(batch, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+            out = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
+            return out.transpose(1, 2).reshape(-1, d)
+
+        for layer in self.layers:
+            x = layer(x, attend)
+        logits: Tensor = self.head(x)
+        return logits.view(batch, length, TOKENS)
+
+    def advance(self, level: Level, state: State) -> tuple[Tensor, State]:
+        """One level of the growing tree with a key-value cache: state[l] is (nodes, tokens, 2d) of layer l."""
+        x = self.token(level.symbol) + self.position.weight[level.index]
+        caches: list[Tensor] = []
+
+        def attend(qkv: Tensor) -> Tensor:
+            nodes, d = qkv.shape[0], self.d
+            fresh = qkv[:, None, d:]
+            if level.index:
+                fresh = torch.cat([state[len(caches)].index_select(0, level.parent), fresh], dim=1)
+            caches.append(fresh)
+            query = qkv[:, :d].view(nodes, self.heads, 1, d // self.heads)
+            parts = fresh.view(nodes, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+            return functional.scaled_dot_product_attention(query, parts[0], parts[1]).reshape(nodes, d)
+
+        for layer in self.layers:
+            x = layer(x, attend)
+        return self.head(x), tuple(caches)
+
+
+def normal_init(module: nn.Module, std: float) -> None:
+    """Weights and embeddings N(0, std), biases 0, layer norms untouched (the lineage's initialisation)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+
+
+def embed(token: nn.Embedding, position: nn.Embedding, tree: PrefixTree, n_padded: int) -> Tensor:
+    """Token plus position embedding of every node, padded with copies of node 0's: (n_padded, d)."""
+    pad = n_padded - tree.n_nodes
+    symbol = functional.pad(tree.symbol, (0, pad), value=START)
+    level = functional.pad(tree.level, (0, pad))
+    x: Tensor = token(symbol) + position(level)
+    return x
+
+
+def block_heads(qkv: Tensor, blocks: Blocks, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (blocks, heads, width, d_head), keys and values (blocks, heads, T - 1 + width, d_head) of
+    (n_padded, 3d) projections: the keys of a block are the path to its first node, then its own nodes."""
+    d = qkv.shape[1] // 3
+    n_blocks = blocks.path.shape[0]
+    own = qkv.view(n_blocks, blocks.width, 3 * d)
+    above = functional.embedding(blocks.path, qkv[:, d:])
+    both = torch.cat([above, own[:, :, d:]], dim=1)
+    query = own[:, :, :d].view(n_blocks, blocks.width, heads, d // heads).transpose(1, 2)
+    parts = both.view(n_blocks, -1, 2, heads, d // heads).permute(2, 0, 3, 1, 4)
+    return query, parts[0], parts[1]

@@ -1,0 +1,434 @@
+"""Variational Monte Carlo of one point: a generator of records that knows nothing of files.
+
+    run = train(point, molecule)
+    for record in run: ...
+    run.evaluate()
+
+Two regimes, one distribution (DESIGN.md section 2). `whole`: one forward pass over the sector gives all
+probabilities; samples, local energies and the gradient come from that pass. `tree`: samples grow token by
+token, their connected determinants are evaluated beside them. The regime is chosen by cost and recorded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replicate import flops, schedules
+from replicate.ansatz import WaveFunction, build_wave_function
+from replicate.ansatz.transformer import BLOCK_WIDTH
+from replicate.energy import (
+    LOCAL_ENERGY,
+    Evaluated,
+    amplitudes,
+    energy_stats,
+    local_from_product,
+)
+from replicate.hamiltonian import Hamiltonian, Kernel
+from replicate.provenance import stream_seed
+from replicate.sampler import Samples, sample_tree, split_binary, truncate
+from replicate.sector import Sector
+from replicate.spec import Point
+from replicate.tree import PrefixTree, build_tree
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SPARSE_BYTES = 12  # per matrix element: float64 value, int32 column
+# Seconds per matrix element, for choosing a regime: product with a stored matrix, and finding a connected
+# determinant anew (element, sort, look-up). Seconds per FLOP of a forward pass. Measured on one CPU core; only
+# their ratios matter, and either choice is right.
+PRODUCT_SECONDS, CONNECT_SECONDS, FLOP_SECONDS = 1.5e-9, 1.5e-7, 4e-11
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimisation step. Energies in Hartree, of the step's samples before its update."""
+
+    step: int
+    energy: float
+    variance: float
+    n_unique: int
+    n_samples: int
+    learning_rate: float
+    grad_norm: float
+    annealing: float
+    flops_executed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The final state, independent of training. `exact`: enumerated over the sector, `energy_stderr` is 0.
+
+    Otherwise from `n_samples` kept samples on `n_unique` determinants; the standard error is the statistical
+    one, sqrt(variance / n_samples), and knows nothing of determinants that truncation left out.
+    """
+
+    energy: float
+    energy_stderr: float
+    variance: float
+    n_unique: int
+    n_samples: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run needs to go on bit for bit: tensors (weights-only loadable) and JSON."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SectorBatch:
+    """The whole sector as one batch: tree, inputs of the phase network and the sparse sector matrix."""
+
+    tree: PrefixTree
+    phase_inputs: tuple[Tensor, Tensor]
+    matrix: Tensor
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of returning them to the system (no-op elsewhere).
+
+    A step frees and allocates the same few megabytes hundreds of times; a page fault for each page of them
+    costs up to a third of a step.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    mallopt(m_mmap_threshold, 32 << 20)  # the largest that glibc takes
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 << 20)
+
+
+def connectivity(sector: Sector, n_unique_flips: int) -> int:
+    """Upper bound on nonzero elements per row: singles and doubles of a determinant, at most M."""
+    a, b = sector.n_alpha, sector.n_beta
+    va, vb = sector.n_orbitals - a, sector.n_orbitals - b
+    doubles = math.comb(a, 2) * math.comb(va, 2) + math.comb(b, 2) * math.comb(vb, 2) + a * va * b * vb
+    return min(n_unique_flips, 1 + a * va + b * vb + doubles)
+
+
+def choose_regime(point: Point, sector: Sector, n_unique_flips: int) -> str:
+    """`whole` or `tree` by the cost model above, unless the spec says which."""
+    if point.sampling.regime != "auto":
+        return point.sampling.regime
+    if point.local_energy == "paper":
+        return "tree"
+    size, batch = sector.size, min(sector.size, point.sampling.batch_max)
+    degree = connectivity(sector, n_unique_flips)
+    if SPARSE_BYTES * size * degree > point.memory_budget_mb * 2**20:
+        return "tree"
+    kind, params = point.ansatz.kind, point.ansatz.params
+    try:
+        per_node = FLOP_SECONDS * flops.forward_estimate(kind, params, sector.n_qubits) / sector.n_orbitals
+    except KeyError:  # an ansatz from outside has no closed form; a middling network's cost
+        per_node = 2e-6
+    connected = min(size, batch * degree) if point.local_energy == "exact" else batch
+    whole = 3 * per_node * size + PRODUCT_SECONDS * size * degree
+    tree = (connected + 4 * batch) * per_node + CONNECT_SECONDS * batch * degree
+    return "whole" if whole <= tree else "tree"
+
+
+def train(
+    point: Point,
+    problem: Any,
+    *,
+    device: str | torch.device = "cpu",
+    resume: Checkpoint | None = None,
+) -> Training:
+    """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), from the start or resumed."""
+    hamiltonian = problem if isinstance(problem, Hamiltonian) else problem.hamiltonian
+    return Training(point, hamiltonian, torch.device(device), resume)
+
+
+class Training:
+    """Iterates over one `Record` per optimisation step; can be checkpointed between any two."""
+
+    def __init__(
+        self, point: Point, hamiltonian: Hamiltonian, device: torch.device, resume: Checkpoint | None
+    ) -> None:
+        keep_freed_memory()
+        self.point, self.device, self.hamiltonian = point, device, hamiltonian
+        self.sector = Sector(hamiltonian.n_qubits // 2, hamiltonian.n_alpha, hamiltonian.n_beta, point.order)
+        self.kernel = Kernel(hamiltonian, point.order, device)
+        self.wave = build_wave_function(
+            self.sector,
+            point.ansatz.kind,
+            point.ansatz.params,
+            point.phase.width,
+            point.phase.depth,
+            seed=stream_seed(point.seed, point.id, "initialisation"),
+            dtype=DTYPES[point.precision],
+            device=device,
+        )
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(stream_seed(point.seed, point.id, "samples"))
+        self.weights = dict(self.wave.named_weights())
+        options = {"betas": (point.train.beta1, point.train.beta2), "eps": point.train.eps}
+        self.optimiser = torch.optim.Adam(self.weights.values(), lr=1.0, fused=True, **options)
+        self.regime = choose_regime(point, self.sector, hamiltonian.n_unique_flips)
+        self._batch: SectorBatch | None = None
+        self.step = 0
+        self.wall_parts = {"forward_and_sampling": 0.0, "local_energy": 0.0, "gradient": 0.0}
+        if resume is not None:
+            self._restore(resume)
+
+    @property
+    def n_modulus(self) -> int:
+        """N_mod."""
+        return self.wave.n_modulus
+
+    @property
+    def n_phase(self) -> int:
+        """N_ph."""
+        return self.wave.n_phase
+
+    def __iter__(self) -> Iterator[Record]:
+        while self.step < self.point.steps:
+            yield self.advance()
+
+    def advance(self) -> Record:
+        """Make one optimisation step."""
+        step, steps, spec = self.step, self.point.steps, self.point
+        drawn = schedules.n_samples(spec.sampling, step, steps)
+        rate = schedules.learning_rate(spec.train, step, steps)
+        entropy = schedules.annealing(spec.train, step, steps)
+        take = self._whole_step if self.regime == "whole" else self._tree_step
+        outcome, executed = take(drawn, entropy)
+
+        began = time.perf_counter()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.weights.values(), spec.train.clip or math.inf, foreach=True
+        )
+        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        # The only transfer from the device: everything a record needs, at once.
+        numbers = torch.cat([outcome, norm.to(torch.float64).view(1)]).tolist()
+        energy, variance, n_unique, grad_norm = numbers
+        self.wall_parts["gradient"] += time.perf_counter() - began
+        if not math.isfinite(energy) or not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step + 1}: energy {energy}, gradient norm {grad_norm}")
+        self.step += 1
+        return Record(
+            self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, executed
+        )
+
+    # -- the whole sector in one pass -----------------------------------------------------------------------
+
+    @property
+    def batch(self) -> SectorBatch:
+        """The sector's determinants with everything about them that does not change, made on first use."""
+        if self._batch is None:
+            keys = torch.as_tensor(self.sector.enumerate_keys(), device=self.device)
+            tree = build_tree(keys, self.sector, self.wave.feasible(self.device))
+            matrix = self.kernel.sector_matrix(keys)
+            self._batch = SectorBatch(tree, self.wave.phase.inputs(keys), matrix)
+        return self._batch
+
+    def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, int]:
+        batch, clock = self.batch, time.perf_counter
+        began = clock()
+        log_prob = self.wave.log_prob(batch.tree)
+        phase = self.wave.phase.evaluate(*batch.phase_inputs)
+        with torch.no_grad():
+            counts = split_binary(n_samples, log_prob.exp(), self.generator)
+            if self.point.sampling.batch_max < self.sector.size:
+                counts = self._truncate(counts)
+            weights = counts / counts.sum()
+            sampled = clock()
+            psi = amplitudes(log_prob, phase)
+            if self.point.local_energy == "sampled":
+                psi = psi * (counts > 0).unsqueeze(1)
+            local = local_from_product(psi, batch.matrix @ psi)
+            outcome = self._outcome(local, weights, counts)
+        energy_done = clock()
+        self._backward(log_prob, phase, local, weights, outcome, entropy)
+        self._time(began, sampled, energy_done)
+        return outcome, self._whole_flops(batch)
+
+    def _truncate(self, counts: Tensor) -> Tensor:
+        keys = self.batch.tree.keys
+        kept = truncate(keys, counts, self.sector.n_orbitals, self.point.sampling.batch_max)
+        out = torch.zeros_like(counts)
+        out[torch.searchsorted(keys, kept.keys)] = kept.counts
+        return out
+
+    # -- a growing tree of samples --------------------------------------------------------------------------
+
+    def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, int]:
+        clock, spec = time.perf_counter, self.point
+        began = clock()
+        samples = sample_tree(self.wave, n_samples, spec.sampling.batch_max, self.generator)
+        sampled = clock()
+        with torch.no_grad():
+            found = LOCAL_ENERGY[spec.local_energy](self.wave, self.kernel, samples.keys, self.chunk)
+            outcome = self._outcome(found.values, samples.weights, samples.counts)
+        energy_done = clock()
+        own, cost = samples.keys, Evaluated()
+        for start in range(0, own.shape[0], self.gradient_chunk):
+            rows = slice(start, start + self.gradient_chunk)
+            tree = build_tree(own[rows], self.sector, self.wave.feasible(self.device))
+            log_prob, phase = self.wave.log_prob(tree), self.wave.phase(own[rows])
+            self._backward(
+                log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy
+            )
+            cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
+        self._time(began, sampled, energy_done)
+        return outcome, self._tree_flops(samples, found.cost, cost)
+
+    @property
+    def chunk(self) -> int:
+        """Determinants per forward pass without gradient, from the memory budget."""
+        widest = max(parameter.shape[0] for parameter in self.weights.values() if parameter.dim() == 2)
+        per_row = 8 * (12 * self.sector.n_orbitals + 4 * widest)  # tree arrays, activations of one layer
+        if self.point.local_energy == "paper":
+            per_row = 8 * 6 * widest * self.sector.n_orbitals  # T positions each, nothing shared
+        return max(64, self.point.memory_budget_mb * 2**20 // 2 // per_row)
+
+    @property
+    def gradient_chunk(self) -> int:
+        """Determinants per forward and backward pass: all activations are kept."""
+        kept = sum(parameter.shape[0] for parameter in self.weights.values() if parameter.dim() == 2)
+        per_row = 8 * (12 * self.sector.n_orbitals + 8 * kept)
+        return max(64, self.point.memory_budget_mb * 2**20 // 2 // per_row)
+
+    # -- shared ---------------------------------------------------------------------------------------------
+
+    def _outcome(self, local: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Energy, variance and number of unique samples: float64 (3,), still on the device."""
+        stats = energy_stats(local, weights)
+        unique = (counts > 0).sum().to(torch.float64)
+        return torch.stack([stats.energy, stats.variance, unique])
+
+    def _backward(
+        self,
+        log_prob: Tensor,
+        phase: Tensor,
+        local: Tensor,
+        weights: Tensor,
+        outcome: Tensor,
+        entropy: float,
+    ) -> None:
+        """Accumulate 2 Re E[(E_loc - E)^* d log psi], log psi = 1/2 log p + i phi (SCIENCE.md section 3).
+
+        With an entropy weight the objective is E - lambda S, S = -E[log p] (variational neural annealing).
+        """
+        signal = local.real - outcome[0]
+        if entropy:
+            surprise = log_prob.detach()
+            signal = signal + entropy * (surprise - (weights * surprise).sum())
+        to_log_prob = weights * signal
+        to_phase = (2 * weights * local.imag).to(phase.dtype)
+        live = [(log_prob, to_log_prob), (phase, to_phase)]
+        live = [(output, grad) for output, grad in live if output.requires_grad]
+        torch.autograd.backward([output for output, _ in live], [grad for _, grad in live])
+
+    def _time(self, began: float, sampled: float, energy_done: float) -> None:
+        self.wall_parts["forward_and_sampling"] += sampled - began
+        self.wall_parts["local_energy"] += energy_done - sampled
+        self.wall_parts["gradient"] += time.perf_counter() - energy_done
+
+    # -- executed FLOPs -------------------------------------------------------------------------------------
+
+    def _pass_flops(self, cost: Evaluated, *, backward: bool) -> int:
+        """Both networks on a tree: forward, plus with `backward` the gradient's products."""
+        kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
+        phase = (self.point.phase.width, self.point.phase.depth, n)
+        total = 0
+        for gradient in (False, True) if backward else (False,):
+            total += flops.phase_forward(*phase, rows=cost.determinants, backward=gradient)
+            total += flops.tree_forward(
+                kind,
+                params,
+                n,
+                nodes=cost.nodes,
+                tips=cost.tips,
+                block_width=BLOCK_WIDTH,
+                backward=gradient,
+            )
+        return total
+
+    def _whole_flops(self, batch: SectorBatch) -> int:
+        cost = Evaluated(batch.tree.n_leaves, batch.tree.n_nodes, batch.tree.n_tips)
+        product = 4 * batch.matrix.values().shape[0]  # real and imaginary part of psi
+        return self._pass_flops(cost, backward=True) + product
+
+    def _tree_flops(self, samples: Samples, local: Evaluated, gradient: Evaluated) -> int:
+        kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
+        total = flops.sampler_forward(kind, params, n, nodes=samples.nodes)
+        if self.point.local_energy == "paper":
+            phase = flops.phase_forward(
+                self.point.phase.width, self.point.phase.depth, n, rows=local.determinants
+            )
+            total += phase + local.determinants * flops.forward_estimate(kind, params, n)
+        else:
+            total += self._pass_flops(local, backward=False)
+        return total + self._pass_flops(gradient, backward=True)
+
+    # -- the final state ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Energy and variance of the current state, independent of the training samples.
+
+        Exact over the sector up to `evaluation.exact_limit` determinants; beyond, from samples of their own
+        random stream with the exact local energy (with `sampled` if the point trains on that).
+        """
+        spec = self.point.evaluation
+        if self.sector.size <= spec.exact_limit:
+            batch = self.batch
+            log_prob = self.wave.log_prob(batch.tree)
+            psi = amplitudes(log_prob, self.wave.phase.evaluate(*batch.phase_inputs))
+            weights = (psi**2).sum(1)
+            weights = weights / weights.sum()
+            stats = energy_stats(local_from_product(psi, batch.matrix @ psi), weights)
+            energy, variance = stats.energy.item(), stats.variance.item()
+            return Evaluation(energy, 0.0, variance, self.sector.size, 0, exact=True)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(stream_seed(self.point.seed, self.point.id, "evaluation"))
+        samples = sample_tree(self.wave, spec.n_samples, spec.batch_max, generator)
+        local = LOCAL_ENERGY["exact"](self.wave, self.kernel, samples.keys, self.chunk).values
+        stats = energy_stats(local, samples.weights)
+        kept = samples.counts.sum().item()
+        energy, variance = stats.energy.item(), stats.variance.item()
+        return Evaluation(
+            energy, math.sqrt(variance / kept), variance, samples.keys.shape[0], int(kept), exact=False
+        )
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """The state after the last step: parameters, Adam's moments and the random stream."""
+        tensors = {f"weight/{name}": weight.detach().cpu().clone() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimiser.state.get(weight, {}).items():
+                tensors[f"adam/{name}/{key}"] = value.detach().cpu().clone()
+        tensors["generator"] = self.generator.get_state().clone()
+        return Checkpoint(self.step, tensors, {"point_id": self.point.id})
+
+    def _restore(self, saved: Checkpoint) -> None:
+        if saved.meta.get("point_id") != self.point.id:
+            raise ValueError(f"the checkpoint is of point {saved.meta.get('point_id')}, not {self.point.id}")
+        self.step = saved.step
+        for name, weight in self.weights.items():
+            weight.data.copy_(saved.tensors[f"weight/{name}"])
+            prefix = f"adam/{name}/"
+            state = {key[len(prefix) :]: value for key, value in saved.tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimiser.state[weight] = {key: value.to(self.device) for key, value in state.items()}
+        self.generator.set_state(saved.tensors["generator"])
