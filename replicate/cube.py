@@ -276,7 +276,7 @@ def _planned(spec: MoleculeSpec) -> dict[str, Any]:
 
 
 def write_cube(tree: xr.DataTree, path: Path) -> None:
-    """Write a cube in one instant; raises StoreError."""
+    """Write a cube in one instant, unless just these bytes are there already; raises StoreError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = {
         f"/{group}": {
@@ -286,7 +286,7 @@ def write_cube(tree: xr.DataTree, path: Path) -> None:
         }
         for group in ("final", "history", "molecule")
     }
-    with replacing(path) as temporary:
+    with replacing(path, keep_equal=True) as temporary:
         tree.to_netcdf(temporary, engine="netcdf4", encoding=encoding)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import filecmp
 import json
 import os
 import platform
@@ -62,12 +63,17 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, durably and in one instant."""
+def replacing(path: Path, *, keep_equal: bool = False) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, durably and in one instant.
+
+    `keep_equal`: leave a file of the same bytes as it is, with its time stamp.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _reported(path, "be written"):
         try:
             yield temporary
+            if keep_equal and path.exists() and filecmp.cmp(temporary, path, shallow=False):
+                return
             _fsync(temporary)
             temporary.replace(path)
         finally:
