@@ -33,9 +33,9 @@ class Fcidump:
 def read_fcidump(path: Path | str) -> Fcidump:
     """Parse a restricted, real FCIDUMP file.
 
-    MS2 is taken by size: the majority spin is alpha.
-    Raises UserError with file, line and what is wrong: a header that is missing or impossible, more than 62
-    spin-orbitals, complex or unreadable numbers, indices out of range, integrals given twice with different values.
+    MS2 is taken by size: the majority spin is alpha. Raises UserError with file, line and what is wrong: a
+    header that is missing or impossible, more than 62 spin-orbitals, complex or unreadable numbers, indices
+    out of range, integrals given twice with different values.
     """
     text = read_text(Path(path), f"{path}")
     header = fcidump_header(text, f"{path}")
@@ -53,12 +53,14 @@ def read_fcidump(path: Path | str) -> Fcidump:
         if not line.strip():
             continue
         value, (p, q, r, s) = _entry(path, number, line, t)
-        if r and not (p and q and s) or s and not r or q and not p:
+        if "".join("*0"[index == 0] for index in (p, q, r, s)) not in ("****", "**00", "*000", "0000"):
             raise UserError(f"{path}: line {number}: indices {p} {q} {r} {s} name no integral")
         if s:
             p, q, r, s = p - 1, q - 1, r - 1, s - 1
             if not np.isnan(eri[p, q, r, s]) and abs(eri[p, q, r, s] - value) > 1e-10:
-                raise UserError(f"{path}: line {number}: ({p + 1}{q + 1}|{r + 1}{s + 1}) was {eri[p, q, r, s]} before")
+                raise UserError(
+                    f"{path}: line {number}: ({p + 1}{q + 1}|{r + 1}{s + 1}) was {eri[p, q, r, s]} before"
+                )
             for a, b, c, d in ((p, q, r, s), (r, s, p, q)):
                 eri[a, b, c, d] = eri[b, a, c, d] = eri[a, b, d, c] = eri[b, a, d, c] = value
         elif q:
@@ -78,10 +80,11 @@ def _entry(path: Path | str, number: int, line: str, t: int) -> tuple[float, tup
         value = float(fields[0].replace("D", "E").replace("d", "e"))  # Fortran exponents
         p, q, r, s = (int(field) for field in fields[1:])
     except ValueError:
-        raise UserError(f"{path}: line {number}: expected a value and four orbital indices, got {line.strip()!r}") from None
+        raise UserError(
+            f"{path}: line {number}: expected a value and four orbital indices, got {line.strip()!r}"
+        ) from None
     if not np.isfinite(value):
         raise UserError(f"{path}: line {number}: the integral is {value}")
     if not all(0 <= index <= t for index in (p, q, r, s)):
         raise UserError(f"{path}: line {number}: orbital index outside 0 to NORB = {t}")
     return value, (p, q, r, s)
-

@@ -1,10 +1,11 @@
-"""Connected determinants and matrix elements of a batch, in integer masks and small GEMMs (torch, any device).
-
-For a flip pattern of an excitation the strings differ on the flipped qubits only, up to one common Jordan-Wigner
-string: h_m(x) = (-1)^popcount(x & outer_m) table_m[local bits of x], with `local` the (at most four) flipped bits.
-Patterns of two flipped qubits (single excitations) have one more factor, linear in the occupations of all the others.
-Both the local bits and the parity of a whole batch against all patterns are one GEMM of small integers, exact in
-float32 (and in TF32), and so is the test whether x ^ flip stays in the sector: no loop over determinants or strings.
+"""Connected determinants and matrix elements of a batch, in integer masks and small GEMMs (torch, any
+device).
+ For a flip pattern of an excitation the strings differ on the flipped qubits only, up to one common
+Jordan-Wigner string: h_m(x) = (-1)^popcount(x & outer_m) table_m[local bits of x], with `local` the (at most
+four) flipped bits. Patterns of two flipped qubits (single excitations) have one more factor, linear in the
+occupations of all the others. Both the local bits and the parity of a whole batch against all patterns are
+one GEMM of small integers, exact in float32 (and in TF32), and so is the test whether x ^ flip stays in the
+sector: no loop over determinants or strings.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from replicate.patterns import LOCAL, NEGLIGIBLE, sort_patterns
 from replicate.pauli import Hamiltonian, from_openfermion, jordan_wigner, popcount, to_openfermion
 from replicate.sector import from_key_layout, to_key_layout
 
@@ -31,10 +35,6 @@ __all__ = [
     "to_openfermion",
 ]
 
-NEGLIGIBLE = 1e-12
-"""Hartree: matrix elements at most this large are left out of `Connected` and of sector matrices."""
-
-_LOCAL = 16  # values of the at most four flipped bits; the parity count sits above them in a code
 _CPU_SCRATCH, _DEVICE_SCRATCH = 32 << 20, 1 << 30  # bytes; on a CPU the scratch should stay in the last cache
 
 
@@ -42,8 +42,8 @@ _CPU_SCRATCH, _DEVICE_SCRATCH = 32 << 20, 1 << 30  # bytes; on a CPU the scratch
 class Connected:
     """The nonzero matrix elements of a batch: <x|H|x'> with x = batch[row].
 
-    `row`: int64 (P,), nondecreasing. `key`: int64 (P,), x' in key layout, inside the sector, x itself included (its
-    diagonal element, whatever its size). `value`: float64 (P,), Hartree, symmetric in x and x'.
+    `row`: int64 (P,), nondecreasing. `key`: int64 (P,), x' in key layout, inside the sector, x itself
+    included (its diagonal element, whatever its size). `value`: float64 (P,), Hartree, symmetric in x and x'.
     """
 
     row: Tensor
@@ -57,66 +57,67 @@ class Kernel:
     Patterns that change the electron number or spin projection are left out: the kernel acts within sectors.
     """
 
-    def __init__(self, hamiltonian: Hamiltonian, order: str = "reversed", device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, hamiltonian: Hamiltonian, order: str = "reversed", device: str | torch.device = "cpu"
+    ) -> None:
         self.hamiltonian, self.order, self.device = hamiltonian, order, torch.device(device)
-        self.n_qubits = n = hamiltonian.n_qubits
-        plan = _plan(hamiltonian)
+        self.n_qubits = hamiltonian.n_qubits
+        plan = sort_patterns(hamiltonian)
 
-        def key_layout(masks: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(to_key_layout(masks, n // 2, order)).to(self.device)
-
+        layout = partial(to_key_layout, n_orbitals=hamiltonian.n_qubits // 2, order=order)
         # column 0 is the diagonal, then the linear patterns, then the tabulated ones, then the rest
-        self._flips = key_layout(plan.flips)
+        self._flips = self._tensor(layout(plan.flips))
         self._n_linear, self._n_general = plan.n_linear, plan.n_general
-        self._conserve = self._columns(plan.conserve, torch.float32)
-        self._code = self._columns(plan.code, torch.float32)
-        self._table = torch.from_numpy(plan.table.ravel()).to(self.device)
-        self._may_vanish = bool(plan.may_vanish)
-        self._linear = self._columns(plan.linear, torch.float64)
-        self._linear_constant = torch.from_numpy(plan.linear_constant).to(self.device)
-        self._quadratic = self._columns(self._columns(plan.quadratic, torch.float64).T.cpu().numpy(), torch.float64)
-        self._diagonal_linear = self._columns(plan.diagonal_linear[:, None], torch.float64)
+        self._conserve = self._tensor(plan.conserve).to(torch.float32)
+        self._code = self._tensor(plan.code).to(torch.float32)
+        self._table = self._tensor(plan.table.ravel())
+        self._may_vanish = plan.may_vanish
+        self._linear = self._tensor(plan.linear)
+        self._linear_constant = self._tensor(plan.linear_constant)
+        self._quadratic = self._tensor(plan.quadratic)
+        self._diagonal_linear = self._tensor(plan.diagonal_linear)
         self._diagonal_constant = plan.diagonal_constant
-        self._diagonal_rest = (key_layout(plan.diagonal_rest_masks), self._tensor(plan.diagonal_rest_weights))
+        self._diagonal_masks = self._tensor(layout(plan.diagonal_masks))
+        self._diagonal_weights = self._tensor(plan.diagonal_weights)
         self._general_offsets = self._tensor(plan.general_offsets)
-        self._general_masks = key_layout(plan.general_masks)
+        self._general_masks = self._tensor(layout(plan.general_masks))
         self._general_weights = self._tensor(plan.general_weights)
-        self._bits = torch.arange(n, dtype=torch.int64, device=self.device)
+        # where the key layout keeps qubit q: occupations are read in qubit order, that of the tables
+        qubits = np.int64(1) << np.arange(hamiltonian.n_qubits, dtype=np.int64)
+        self._shifts = self._tensor(popcount(layout(qubits) - 1))
 
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-    def _columns(self, matrix: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
-        """A matrix (qubit, column) with its rows moved to key layout."""
-        bits = np.int64(1) << np.arange(self.n_qubits, dtype=np.int64)
-        position = np.log2(to_key_layout(bits, self.n_qubits // 2, self.order).astype(np.float64)).round().astype(int)
-        moved = np.empty_like(matrix)
-        moved[position] = matrix
-        return torch.from_numpy(moved).to(device=self.device, dtype=dtype)
 
     def _spins(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """Z eigenvalues, +1 empty and -1 filled: (B, n)."""
-        return 1 - 2 * ((keys[:, None] >> self._bits) & 1).to(dtype)
+        return 1 - 2 * ((keys[:, None] >> self._shifts) & 1).to(dtype)
 
     def diagonal(self, keys: Tensor) -> Tensor:
         """<x|H|x>: int64 (B,) -> float64 (B,), Hartree."""
         return self._diagonal(keys, self._spins(keys, torch.float64))
 
     def _diagonal(self, keys: Tensor, spins: Tensor) -> Tensor:
-        value = ((spins @ self._quadratic) * spins).sum(1) + (spins @ self._diagonal_linear)[:, 0]
-        value = value + self._diagonal_constant
-        masks, weights = self._diagonal_rest
-        if len(masks):
-            value = value + _signs(keys[:, None] & masks, torch.float64) @ weights
+        value = (
+            ((spins @ self._quadratic) * spins).sum(1)
+            + spins @ self._diagonal_linear
+            + self._diagonal_constant
+        )
+        if len(self._diagonal_masks):
+            value = (
+                value + _signs(keys[:, None] & self._diagonal_masks, torch.float64) @ self._diagonal_weights
+            )
         return value
 
     def connected(self, keys: Tensor, max_bytes: int | None = None) -> Connected:
-        """All x' of the sector with nonzero <x|H|x'>, x included: keys int64 (B,), any order, duplicates allowed.
+        """All x' of the sector with nonzero <x|H|x'>, x included: keys int64 (B,), any order, duplicates
+        allowed.
 
         `max_bytes` bounds the scratch memory beside the result (24 bytes per element).
         """
         parts = [
-            (row + start, key, value) for start, row, key, value in self._chunks(keys.to(self.device), max_bytes)
+            (row + start, key, value)
+            for start, row, key, value in self._chunks(keys.to(self.device), max_bytes)
         ]
         if not parts:
             empty = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -138,8 +139,9 @@ class Kernel:
         row, column = torch.nonzero(spins32 @ self._conserve == 0, as_tuple=True)
         occupied = (1 - spins32) / 2
         code = (occupied @ self._code)[row, column].to(torch.int64)
-        value = self._table[column * (2 * _LOCAL) + (code & (2 * _LOCAL - 1))]
-        # diagonal and linear patterns have a factor that depends on all occupations; the others take the last column, 1
+        value = self._table[column * (2 * LOCAL) + (code & (2 * LOCAL - 1))]
+        # diagonal and linear patterns have a factor that depends on all occupations; the others take the last
+        # column, 1
         factor = torch.ones(len(keys), self._n_linear + 2, dtype=torch.float64, device=self.device)
         factor[:, 0] = self._diagonal(keys, spins)
         torch.addmm(self._linear_constant, spins, self._linear, out=factor[:, 1:-1])
@@ -160,7 +162,11 @@ class Kernel:
         count = self._general_offsets[pattern + 1] - self._general_offsets[pattern]
         owner = torch.repeat_interleave(torch.arange(len(entry), device=self.device), count)
         start = torch.cumsum(count, 0) - count
-        string = torch.arange(len(owner), device=self.device) - start[owner] + self._general_offsets[pattern][owner]
+        string = (
+            torch.arange(len(owner), device=self.device)
+            - start[owner]
+            + self._general_offsets[pattern][owner]
+        )
         sign = _signs(keys[row[entry]][owner] & self._general_masks[string], torch.float64)
         total = torch.zeros(len(entry), dtype=torch.float64, device=self.device)
         value[entry] = total.index_add_(0, owner, sign * self._general_weights[string])
@@ -187,10 +193,12 @@ class Kernel:
         torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
         if int(offsets[-1]) >= 2**31:
             raise MemoryError(f"{int(offsets[-1])} matrix elements: too many for one sparse matrix")
+        column = torch.cat(columns)
+        columns.clear()  # before the values are doubled: they are most of the memory
         with warnings.catch_warnings():  # torch says on first use that CSR support is in beta
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             return torch.sparse_csr_tensor(
-                offsets.to(torch.int32), torch.cat(columns), torch.cat(values), (size, size), check_invariants=False
+                offsets.to(torch.int32), column, torch.cat(values), (size, size), check_invariants=False
             )
 
 
@@ -199,129 +207,6 @@ def _signs(masks: Tensor, dtype: torch.dtype) -> Tensor:
     for shift in (32, 16, 8, 4, 2, 1):
         masks = masks ^ (masks >> shift)
     return 1 - 2 * (masks & 1).to(dtype)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Kernel data in qubit layout; matrices are (qubit, column), columns = diagonal, linear, tabulated, general."""
-
-    flips: NDArray[np.int64]
-    n_linear: int
-    n_general: int
-    conserve: NDArray[np.float64]
-    code: NDArray[np.float64]
-    table: NDArray[np.float64]  # (columns, 32): [local + 16 parity]
-    may_vanish: bool
-    linear: NDArray[np.float64]  # (n, n_linear)
-    linear_constant: NDArray[np.float64]
-    quadratic: NDArray[np.float64]  # (n, n), upper triangle
-    diagonal_linear: NDArray[np.float64]  # (n,)
-    diagonal_constant: float
-    diagonal_rest_masks: NDArray[np.int64]
-    diagonal_rest_weights: NDArray[np.float64]
-    general_offsets: NDArray[np.int64]
-    general_masks: NDArray[np.int64]
-    general_weights: NDArray[np.float64]
-
-
-def _plan(hamiltonian: Hamiltonian) -> _Plan:
-    """Sort the patterns into the three forms and fill their tables; a few milliseconds of plain loops over patterns."""
-    n = hamiltonian.n_qubits
-    alpha = np.int64(sum(1 << q for q in range(0, n, 2)))
-    linear, tabulated, general = [], [], []
-    for m in range(1, hamiltonian.n_unique_flips):
-        flip = hamiltonian.flips[m]
-        size, size_alpha = popcount(flip), popcount(flip & alpha)
-        if size_alpha % 2 or size % 2:
-            continue  # no determinant stays in its sector
-        strings = slice(int(hamiltonian.offsets[m]), int(hamiltonian.offsets[m + 1]))
-        outer = hamiltonian.z_masks[strings] & ~flip
-        if size == 2 and np.all(popcount(outer ^ _between(flip)) <= 1):
-            linear.append((flip, strings, _between(flip)))
-        elif size <= 4 and np.all(outer == outer[0]):
-            tabulated.append((flip, strings, outer[0]))
-        else:
-            general.append((flip, strings, np.int64(0)))
-    columns = [(np.int64(0), slice(0, 0), np.int64(0)), *linear, *tabulated, *general]
-    conserve, code = np.zeros((n, len(columns))), np.zeros((n, len(columns)))
-    table = np.zeros((len(columns), 2 * _LOCAL))
-    linear_constant, linear_factor = np.zeros(len(linear)), np.zeros((n, len(linear)))
-    may_vanish = bool(linear or general)
-    for c, (flip, strings, outer) in enumerate(columns):
-        flipped = _positions(flip)
-        conserve[flipped, c] = np.where(flipped % 2 == 0, 1.0, 64.0)
-        z, weights = hamiltonian.z_masks[strings], hamiltonian.weights[strings]
-        if c == 0 or c > len(linear) + len(tabulated):
-            table[c] = 1.0  # the whole element comes as a factor, or is filled in by `_add_general`
-            continue
-        code[flipped, c] = 2.0 ** np.arange(len(flipped))
-        code[_positions(outer), c] = _LOCAL
-        parity = np.repeat([1.0, -1.0], _LOCAL)
-        if c <= len(linear):
-            # of the two flipped qubits exactly one is filled: a Z pair on them is -1, so that it joins the strings
-            weights = np.where((z & flip) == 0, weights, -weights)
-            extra = (z & ~flip) ^ outer
-            linear_constant[c - 1] = weights[extra == 0].sum()
-            np.add.at(linear_factor[:, c - 1], _positions_of_single(extra[extra != 0]), weights[extra != 0])
-            table[c] = parity
-            continue
-        local = _deposit(np.arange(_LOCAL, dtype=np.int64), flipped)
-        values = (1.0 - 2.0 * (popcount(local[:, None] & z) & 1)) @ weights
-        table[c] = parity * np.tile(values, 2)
-        allowed = popcount(local & alpha) * 2 == popcount(flip & alpha)
-        allowed &= popcount(local & ~alpha) * 2 == popcount(flip & ~alpha)
-        may_vanish = may_vanish or bool(np.any(np.abs(values[allowed]) <= NEGLIGIBLE))
-
-    diagonal = slice(0, int(hamiltonian.offsets[1]))
-    z, weights = hamiltonian.z_masks[diagonal], hamiltonian.weights[diagonal]
-    size = popcount(z)
-    quadratic, diagonal_linear = np.zeros((n, n)), np.zeros(n)
-    diagonal_linear[_positions_of_single(z[size == 1])] = weights[size == 1]
-    low = z[size == 2] & -z[size == 2]
-    quadratic[_positions_of_single(low), _positions_of_single(z[size == 2] ^ low)] = weights[size == 2]
-    masks = [hamiltonian.z_masks[strings] for _, strings, _ in general]
-    values_general = [hamiltonian.weights[strings] for _, strings, _ in general]
-    return _Plan(
-        flips=np.array([flip for flip, _, _ in columns], dtype=np.int64),
-        n_linear=len(linear),
-        n_general=len(general),
-        conserve=conserve,
-        code=code,
-        table=table,
-        may_vanish=may_vanish,
-        linear=linear_factor,
-        linear_constant=linear_constant,
-        quadratic=quadratic,
-        diagonal_linear=diagonal_linear,
-        diagonal_constant=float(weights[size == 0].sum()),
-        diagonal_rest_masks=z[size > 2],
-        diagonal_rest_weights=weights[size > 2],
-        general_offsets=np.cumsum([0, *(len(mask) for mask in masks)]),
-        general_masks=np.concatenate([np.zeros(0, dtype=np.int64), *masks]),
-        general_weights=np.concatenate([np.zeros(0), *values_general]),
-    )
-
-
-def _between(flip: np.int64) -> np.int64:
-    """The qubits strictly between the two of a pair: its Jordan-Wigner string."""
-    low = flip & -flip
-    high = flip ^ low
-    return (high - 1) & ~(2 * low - 1)
-
-
-def _positions(mask: np.int64) -> NDArray[np.int64]:
-    """Set bits, ascending."""
-    return np.array([q for q in range(63) if int(mask) >> q & 1], dtype=np.int64)
-
-
-def _positions_of_single(masks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The position of the only set bit of each mask."""
-    return popcount(masks - 1)
-
-
-def _deposit(values: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Spread the low bits of `values` onto `positions`; bits beyond them are ignored."""
-    return np.bitwise_or.reduce([(values >> j & 1) << q for j, q in enumerate(positions)])
 
 
 def matrix_elements_dense(

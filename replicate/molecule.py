@@ -1,7 +1,7 @@
 """A molecule: integrals, reference energies and Hamiltonian, computed once and stored by content hash.
-
-PySCF works in `replicate.scf`, a process of its own with one thread, so that the same input gives the same bits
-whatever the thread count of the caller. Only the integrals and energies are stored; Pauli strings are quick to build.
+ PySCF works in `replicate.scf`, a process of its own with one thread, so that the same input gives the same
+bits whatever the thread count of the caller. Only the integrals and energies are stored; Pauli strings are
+quick to build.
 """
 
 from __future__ import annotations
@@ -36,14 +36,22 @@ _RECIPE = 1
 """Version of what `replicate.scf` computes from the same input: part of the cache key."""
 
 _ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+    (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "BLIS_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+    ),
+    "1",
 )
 _ENERGIES = {"hf": "e_hf", "ccsd": "e_ccsd", "ccsd_t": "e_ccsd_t", "fci": "e_fci"}
 
 
 @dataclass(frozen=True)
 class Integrals:
-    """Real integrals over orthonormal orbitals, Hartree: h1 (T, T), eri (T, T, T, T) in chemists' order (pq|rs)."""
+    """Real integrals over orthonormal orbitals, Hartree: h1 (T, T), eri (T, T, T, T) in chemists' order
+    (pq|rs)."""
 
     constant: float
     h1: NDArray[np.float64]
@@ -52,10 +60,12 @@ class Integrals:
 
 @dataclass(frozen=True)
 class Molecule:
-    """Everything the replication knows of a molecule. Energies: total, Hartree; None where neither computed nor given.
+    """Everything the replication knows of a molecule. Energies: total, Hartree; None where neither computed
+    nor given.
 
-    `energy_sources`: for each of hf, ccsd, ccsd_t, fci "computed", "reference" (the molecule table's published value:
-    out of reach here) or "none". `geometry`: (symbol, x, y, z) in `unit`; empty for an FCIDUMP.
+    `energy_sources`: for each of hf, ccsd, ccsd_t, fci "computed", "reference" (the molecule table's
+    published value: out of reach here) or "none". `geometry`: (symbol, x, y, z) in `unit`; empty for an
+    FCIDUMP.
     """
 
     name: str
@@ -107,14 +117,14 @@ def load_molecule(
     n_alpha, n_beta = int(stored["n_alpha"]), int(stored["n_beta"])
     arguments = (integrals.constant, integrals.h1, integrals.eri)
     hamiltonian = jordan_wigner(*arguments, n_alpha=n_alpha, n_beta=n_beta, threshold=threshold)
-    energies, sources = {}, {}
+    energies: dict[str, float | None] = {}
+    sources: dict[str, str] = {}
     for key, name in _ENERGIES.items():
-        value: float | None = float(stored[name])
-        published = getattr(spec.reference, key)
-        sources[key] = "computed"
-        if np.isnan(value):
-            value, sources[key] = published, "none" if published is None else "reference"
-        energies[name] = value
+        published, computed = getattr(spec.reference, key), float(stored[name])
+        if np.isnan(computed):
+            energies[name], sources[key] = published, "none" if published is None else "reference"
+        else:
+            energies[name], sources[key] = computed, "computed"
     e_hf = energies.pop("e_hf")
     assert e_hf is not None
     return Molecule(
@@ -193,7 +203,9 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
     if done.returncode == 2:
         raise UserError(*json.loads(done.stdout)["problems"])
     if done.returncode != 0:
-        raise RuntimeError(f"{spec.name}: the PySCF process ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{spec.name}: the PySCF process ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return output
 
 

@@ -1,9 +1,9 @@
 """The Hamiltonian as Pauli strings in bit masks, grouped by flip pattern (SCIENCE.md section 4).
-
-A Jordan-Wigner string with X or Y on the qubits of `flip` connects x to exactly x ^ flip, and its matrix element
-is a sign: (-1)^popcount(x & z), z = the qubits with Y or Z. Strings of one flip pattern therefore add up to one
-matrix element h_m(x) = <x|H|x ^ flip_m>. The strings are built from the integrals directly, all terms of a kind at
-once in integer arithmetic; OpenFermion is the oracle of the tests and a format for exchange.
+ A Jordan-Wigner string with X or Y on the qubits of `flip` connects x to exactly x ^ flip, and its matrix
+element is a sign: (-1)^popcount(x & z), z = the qubits with Y or Z. Strings of one flip pattern therefore add
+up to one matrix element h_m(x) = <x|H|x ^ flip_m>. The strings are built from the integrals directly, all
+terms of a kind at once in integer arithmetic; OpenFermion is the oracle of the tests and a format for
+exchange.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Hamiltonian:
     <x|H|x ^ flips[m]> = sum over k in offsets[m]:offsets[m+1] of weights[k] (-1)^popcount(x & z_masks[k]).
 
     `flips`: int64 (M,), ascending, flips[0] = 0 is the diagonal (always present). `offsets`: int64 (M+1,).
-    `z_masks`: int64 (K,), ascending within a pattern. `weights`: float64 (K,), Hartree; the sign of Y pairs is
-    in the weight: Y Y on two flipped qubits contributes -w. `threshold`: see `from_strings`. `n_alpha`, `n_beta`: the electrons whose sector is meant.
+    `z_masks`: int64 (K,), ascending within a pattern. `weights`: float64 (K,), Hartree; the sign of Y pairs
+    is in the weight: Y Y on two flipped qubits contributes -w. `threshold`: see `from_strings`. `n_alpha`,
+    `n_beta`: the electrons whose sector is meant.
     """
 
     n_qubits: int
@@ -89,7 +90,7 @@ def popcount(masks: Ints) -> Ints:
 
 def _sign(masks: Ints) -> Floats:
     """(-1)^popcount as float64."""
-    return 1.0 - 2.0 * (np.bitwise_count(masks) & 1)
+    return np.where(np.bitwise_count(masks) & 1, -1.0, 1.0)
 
 
 def from_strings(
@@ -104,11 +105,12 @@ def from_strings(
 ) -> Hamiltonian:
     """Add up equal strings, screen, sort and group. Inputs are one-dimensional, one entry per contribution.
 
-    Contributions to a string are added in their order; contributions and partial sums that are at most `threshold`
-    (Hartree) in size are dropped on the way, as OpenFermion does. So the counts are those of codes built on OpenFermion, the study's
-    lineage among them (H2O at 1e-8: 1654 strings, M = 228; without the dropping on the way 1782 and 264).
-    Raises ValueError if strings with an odd number of Y survive: their matrix is imaginary, which no electronic
-    Hamiltonian in real orbitals needs and which the kernels do not represent.
+    Contributions to a string are added in their order; contributions and partial sums that are at most
+    `threshold` (Hartree) in size are dropped on the way, as OpenFermion does. So the counts are those of
+    codes built on OpenFermion, the study's lineage among them (H2O at 1e-8: 1654 strings, M = 228; without
+    the dropping on the way 1782 and 264). Raises ValueError if strings with an odd number of Y survive: their
+    matrix is imaginary, which no electronic Hamiltonian in real orbitals needs and which the kernels do not
+    represent.
     """
     large = np.abs(weights) > threshold
     flips, z_masks, weights = flips[large], z_masks[large], weights[large]
@@ -129,7 +131,9 @@ def from_strings(
     keep = weights != 0
     odd = (np.bitwise_count(flips & z_masks) & 1).astype(bool)
     if np.any(odd & keep & (np.abs(weights) > _HERMITICITY)):
-        raise ValueError("Pauli strings with an odd number of Y: the matrix is not real, which is not supported")
+        raise ValueError(
+            "Pauli strings with an odd number of Y: the matrix is not real, which is not supported"
+        )
     keep &= ~odd
     flips, z_masks, weights = flips[keep], z_masks[keep], weights[keep]
     patterns = np.union1d(np.zeros(1, dtype=np.int64), flips)  # the diagonal is there even when it is empty
@@ -148,10 +152,11 @@ def jordan_wigner(
 ) -> Hamiltonian:
     """Jordan-Wigner Hamiltonian of real integrals, qubit 2p = alpha and 2p + 1 = beta of orbital p.
 
-    `h1`: float64 (T, T), symmetric. `eri`: float64 (T, T, T, T), chemists' (pq|rs), eight-fold symmetric.
-    H = constant + sum_{pq} h_pq a+_p a_q + sum_{p<q, r<s} <pq||rs> a+_p a+_q a_s a_r over spin-orbitals. Every term is
-    taken with its conjugate: one contribution to each of 2, 4 or 8 strings, all terms of one kind at once. Integrals
-    below `threshold` are zero and contributions are screened (see `from_strings`): term by term OpenFermion's result.
+    `h1`: float64 (T, T), symmetric. `eri`: float64 (T, T, T, T), chemists' (pq|rs), eight-fold symmetric. H =
+    constant + sum_{pq} h_pq a+_p a_q + sum_{p<q, r<s} <pq||rs> a+_p a+_q a_s a_r over spin-orbitals. Every
+    term is taken with its conjugate: one contribution to each of 2, 4 or 8 strings, all terms of one kind at
+    once. Integrals below `threshold` are zero and contributions are screened (see `from_strings`): term by
+    term OpenFermion's result.
     """
     n_orbitals = len(h1)
     if 2 * n_orbitals > MAX_QUBITS:
@@ -191,12 +196,13 @@ def _symmetrised(eri: Floats) -> Floats:
 def _strings(
     creators: tuple[Ints, ...], annihilators: tuple[Ints, ...], coefficient: Floats
 ) -> tuple[Ints, Ints, Floats]:
-    """Strings of c (a+_p a+_q a_s a_r + h.c.), of c n_p n_q where both pairs are equal; likewise for single indices.
+    """Strings of c (a+_p a+_q a_s a_r + h.c.), of c n_p n_q where both pairs are equal; likewise for single
+    indices.
 
-    `creators` = (p, q), `annihilators` = (r, s), ascending, one array entry per term. The operator leaves p, q filled
-    and what it emptied empty: a product of projectors (1 -+ Z)/2 on the bra, one Z subset per string, times the
-    parity of the orbitals below each index. Subsets that are odd on the flipped qubits cancel against the conjugate.
-    Returns flip, z mask and weight of every contribution, term by term.
+    `creators` = (p, q), `annihilators` = (r, s), ascending, one array entry per term. The operator leaves p,
+    q filled and what it emptied empty: a product of projectors (1 -+ Z)/2 on the bra, one Z subset per
+    string, times the parity of the orbitals below each index. Subsets that are odd on the flipped qubits
+    cancel against the conjugate. Returns flip, z mask and weight of every contribution, term by term.
     """
     bit = np.int64(1)
     filled = np.bitwise_or.reduce([bit << i for i in creators])
@@ -246,8 +252,8 @@ def _bits(masks: Ints, count: int) -> list[Ints]:
 def sector_mean_energy(constant: float, h1: Floats, eri: Floats, n_alpha: int, n_beta: int) -> float:
     """E_inf = Tr(H) over the (n_alpha, n_beta) sector / its dimension, Hartree (SCIENCE.md section 5).
 
-    Only occupation numbers survive the trace: <n_p> = n_sigma / T, <n_p n_r> = n_sigma (n_sigma - 1) / (T (T - 1))
-    for one spin and p != r, and n_alpha n_beta / T^2 for two spins.
+    Only occupation numbers survive the trace: <n_p> = n_sigma / T, <n_p n_r> = n_sigma (n_sigma - 1) / (T (T
+    - 1)) for one spin and p != r, and n_alpha n_beta / T^2 for two spins.
     """
     t = len(h1)
     coulomb = np.einsum("pprr->pr", eri)

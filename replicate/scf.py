@@ -1,8 +1,8 @@
 """Self-consistent field, orbitals and reference energies with PySCF: a worker that runs in its own process.
-
-`python -m replicate.scf` reads one JSON problem on stdin and writes one .npz. It has a process of its own because
-threaded BLAS and OpenMP sums depend on the thread count, and with them the last bits of orbitals, which near-degenerate
-pairs amplify: `replicate.molecule` starts it with one thread in every library, whatever the caller uses.
+ `python -m replicate.scf` reads one JSON problem on stdin and writes one .npz. It has a process of its own
+because threaded BLAS and OpenMP sums depend on the thread count, and with them the last bits of orbitals,
+which near-degenerate pairs amplify: `replicate.molecule` starts it with one thread in every library, whatever
+the caller uses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from replicate.spec import UserError
 Floats = NDArray[np.float64]
 
 FCI_LIMIT = 1_100_000
-"""Determinants up to which FCI is computed (LiCl, 1 002 001, is the largest of the study that is feasible)."""
+"""Determinants up to which FCI is computed (LiCl, 1 002 001, is the largest of the study that is
+feasible)."""
 
 DEGENERATE = 1e-8
-"""Hartree: orbitals closer than this are one degenerate block. Rounding splits a block by 1e-14; the four-decimal
-coordinates of PH3 or CH4 split theirs by 1e-7 to 1e-5, which is physical: those orbitals are determined."""
+"""Hartree: orbitals closer than this are one degenerate block. Rounding splits a block by 1e-14; the
+four-decimal coordinates of PH3 or CH4 split theirs by 1e-7 to 1e-5, which is physical: those orbitals are
+determined."""
 
 _TIE = 1e-6  # relative: components this close count as equal when the largest is sought
 
@@ -37,8 +39,8 @@ def solve(problem: dict[str, Any]) -> dict[str, Any]:
     """Everything of a molecule that needs PySCF.
 
     `problem`: atoms, unit, basis, charge, multiplicity, degenerate; or fcidump (a path) and multiplicity.
-    Returns constant, h1 (T, T), eri (T, T, T, T) (Hartree, chemists' order, real), n_alpha, n_beta, mo_energy (T,),
-    e_hf, e_ccsd, e_ccsd_t, e_fci (Hartree, NaN where not computed) and versions (JSON text).
+    Returns constant, h1 (T, T), eri (T, T, T, T) (Hartree, chemists' order, real), n_alpha, n_beta, mo_energy
+    (T,), e_hf, e_ccsd, e_ccsd_t, e_fci (Hartree, NaN where not computed) and versions (JSON text).
     """
     import pyscf
     from pyscf import ao2mo, scf
@@ -78,7 +80,8 @@ def _build(problem: dict[str, Any]) -> Any:
 
     name = problem["name"]
     try:
-        # The spin is set before building: PySCF's own message for a wrong one names neither charge nor multiplicity
+        # The spin is set before building: PySCF's own message for a wrong one names neither charge nor
+        # multiplicity
         electrons = sum(gto.charge(atom[0]) for atom in problem["atoms"]) - problem["charge"]
         unpaired = problem["multiplicity"] - 1
         if electrons < 1 or unpaired > electrons or (electrons - unpaired) % 2:
@@ -105,7 +108,8 @@ def _build(problem: dict[str, Any]) -> Any:
 
 
 def _from_fcidump(problem: dict[str, Any]) -> tuple[Any, float, Floats, Floats]:
-    """Mean field on integrals that are kept as they are: the file's orbitals stay the orbitals of the Hamiltonian."""
+    """Mean field on integrals that are kept as they are: the file's orbitals stay the orbitals of the
+    Hamiltonian."""
     from pyscf import ao2mo, gto, scf
 
     dump = read_fcidump(problem["fcidump"])
@@ -131,7 +135,8 @@ def _from_fcidump(problem: dict[str, Any]) -> tuple[Any, float, Floats, Floats]:
 def _converge(mf: Any, start: Floats | None) -> None:
     """Converge to a gradient of 1e-9, second order if DIIS does not get there.
 
-    Symmetry zeros of the integrals are then clean to about 1e-10, well below the threshold of the Pauli strings.
+    Symmetry zeros of the integrals are then clean to about 1e-10, well below the threshold of the Pauli
+    strings.
     """
     mf.conv_tol, mf.conv_tol_grad, mf.max_cycle = 1e-12, 1e-9, 200
     mf.kernel(start)
@@ -140,17 +145,20 @@ def _converge(mf: Any, start: Floats | None) -> None:
         second.conv_tol, second.conv_tol_grad, second.max_cycle = 1e-12, 1e-9, 200
         second.kernel(mf.mo_coeff, mf.mo_occ)
         if not second.converged:
-            raise UserError("the self-consistent field does not converge; check the geometry, charge and multiplicity")
+            raise UserError(
+                "the self-consistent field does not converge; check the geometry, charge and multiplicity"
+            )
         mf.mo_coeff, mf.mo_occ, mf.mo_energy = second.mo_coeff, second.mo_occ, second.mo_energy
         mf.e_tot, mf.converged = second.e_tot, True
 
 
 def canonical_orbitals(mf: Any, degenerate: str) -> tuple[Floats, Floats]:
-    """Orbitals that diagonalise the Fock matrix within the doubly, singly and un-occupied spaces, made unique.
+    """Orbitals that diagonalise the Fock matrix within the doubly, singly and un-occupied spaces, made
+    unique.
 
     Returns coefficients (AO, MO) and orbital energies (MO,), Hartree. ROHF: Roothaan's effective Fock matrix.
-    Non-degenerate orbitals: the largest component in the symmetrically orthogonalised AO basis is positive. Blocks
-    degenerate to `DEGENERATE` are turned to the frame of `_orient`.
+    Non-degenerate orbitals: the largest component in the symmetrically orthogonalised AO basis is positive.
+    Blocks degenerate to `DEGENERATE` are turned to the frame of `_orient`.
     """
     overlap_values, overlap_vectors = np.linalg.eigh(mf.get_ovlp())
     root = (overlap_vectors * np.sqrt(overlap_values)) @ overlap_vectors.T
@@ -169,12 +177,14 @@ def canonical_orbitals(mf: Any, degenerate: str) -> tuple[Floats, Floats]:
 
 
 def _orient(block: Floats, degenerate: str) -> Floats:
-    """A basis of the span of `block` (orthonormal columns, AO x k) that does not depend on the basis it came in.
+    """A basis of the span of `block` (orthonormal columns, AO x k) that does not depend on the basis it came
+    in.
 
-    The orbitals are the projections of fixed directions onto the span, one after the other. "aligned": of the AOs the
-    one with the largest projection, so that all pi pairs of a linear molecule share their axes (the fewest Pauli
-    strings). "generic": fixed irrational directions, so that each block has an orientation of its own: what a
-    diagonaliser without symmetry returns, as in the study's code lineage, but the same every time.
+    The orbitals are the projections of fixed directions onto the span, one after the other. "aligned": of the
+    AOs the one with the largest projection, so that all pi pairs of a linear molecule share their axes (the
+    fewest Pauli strings). "generic": fixed irrational directions, so that each block has an orientation of
+    its own: what a diagonaliser without symmetry returns, as in the study's code lineage, but the same every
+    time.
     """
     span, size = block @ block.T, block.shape[1]
     index = np.arange(1.0, len(span) + 1.0)
@@ -250,6 +260,8 @@ def _one_line(error: Exception) -> str:
 
 
 def main() -> int:
+    """Read a problem from stdin, write its result to the file that it names; 2 and the problems on bad
+    input."""
     problem = json.load(sys.stdin)
     import pyscf
 
@@ -257,10 +269,10 @@ def main() -> int:
     try:
         result = solve(problem)
     except UserError as error:
-        print(json.dumps({"problems": error.problems}))
+        sys.stdout.write(json.dumps({"problems": error.problems}))
         return 2
     with Path(problem["output"]).open("wb") as file:
-        arrays = {name: np.asarray(value) for name, value in result.items()}
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in result.items()}
         np.savez(file, sha256=np.array(checksum(arrays)), **arrays)
     return 0
 
