@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from figures import compute, effects, scaling, tables, training
+from figures import compute, costs, diagnostics, effects, scaling, tables, training
 
-__all__ = ["compute", "effects", "scaling", "tables", "training"]
+__all__ = ["compute", "costs", "diagnostics", "effects", "scaling", "tables", "training"]

@@ -179,7 +179,7 @@ def isoflop(study: StudyData) -> Plot:
     style.legend_below(
         figure,
         [
-            Line2D([], [], color=style.SOFT, lw=1.3, label="equal FLOP (darker: more)"),
+            Line2D([], [], color=style.SOFT, lw=1.3, label="equal FLOP (stronger: more)"),
             Line2D([], [], color=style.SOFT, lw=0.8, ls=":", label="outside the data"),
             Line2D([], [], color=style.SOFT, marker="o", lw=1.6, label="optimum, 95 %"),
             Patch(color=style.SOFT, alpha=0.2, lw=0, label="N of the runs"),
@@ -228,7 +228,7 @@ def front(study: StudyData) -> Plot:
             seen[j] += values[0].tolist()
             axis.plot(budgets, values[0], color=look.color, ls=look.line, lw=0.8, alpha=0.8, gid=f"front:{kind}")
             axis.plot(
-                budgets, np.where(inside, values[0], np.nan), color=look.color, ls="-", lw=2.4, gid=f"inside:{kind}"
+                budgets, np.where(inside, values[0], np.nan), color=look.color, ls=look.line, lw=2.4, gid=f"inside:{kind}"
             )
             if len(values) > 100:
                 band = np.nanpercentile(values[1:], tails(), axis=0)

@@ -20,6 +20,7 @@ from figures.fits import Fits, LawFit, load_fits
 from figures.registry import MissingData
 
 DIMS = ("molecule", "ansatz", "size", "steps", "variant", "seed")
+SCHEMA = 1  # of the cubes that can be read
 DONE, FAILED, INVALID = 1, 2, 3
 METRICS = ("v_score", "abs_error")
 _REQUIRED = (
@@ -41,6 +42,11 @@ _MOLECULE = ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_f
 _HISTORY = ("step", "energy", "variance", "n_unique", "n_samples", "learning_rate")
 
 
+_PARTS = {
+    "flops_estimated_part": "flop_part",
+    "flops_executed_part": "flop_part",
+    "wall_part_seconds": "wall_part",
+}
 _AXES = {
     "molecules": "molecule",
     "ansatze": "ansatz",
@@ -120,6 +126,7 @@ class StudyData:
     spec_text: str
     provenance: Mapping[str, Any]
     fits: Fits | None = None
+    part_values: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256
 
     @cached_property
@@ -149,7 +156,9 @@ class StudyData:
 
     @cached_property
     def held_out(self) -> frozenset[str]:
-        """Point ids that the spec's [holdout] keeps from the fit."""
+        """Point ids that the spec keeps from the fit (marked in the cube, else read from the spec's [holdout])."""
+        if "held_out" in self.points:
+            return frozenset(np.asarray(self.points["point_id"])[self.points["held_out"] == 1].tolist())
         rules = self.spec.get("holdout")
         if not isinstance(rules, dict):
             return frozenset()
@@ -163,6 +172,11 @@ class StudyData:
                     inside &= np.isin(self.points[_AXES[axis]], _listed(labels))
             mask |= inside
         return frozenset(np.asarray(self.points["point_id"])[mask].tolist())
+
+    def parts(self, family: str) -> Mapping[str, np.ndarray]:
+        """Named parts of a step that the cube stores ("flops_estimated_part", "flops_executed_part",
+        "wall_part_seconds"): arrays over the cube's six axes, {} where it stores none."""
+        return self.part_values.get(family, {})
 
     def need_headline(self) -> Points:
         """The headline runs, or MissingData when there is none."""
@@ -244,6 +258,9 @@ def _sha256(path: Path) -> str:
 
 def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
     """A `StudyData` from an open DataTree; `source` names it in errors."""
+    schema = tree.attrs.get("schema")
+    if schema is not None and int(schema) != SCHEMA:
+        raise DataError(f"{source}: cube of schema {schema}, this version reads {SCHEMA}: collect it again")
     missing = [group for group in ("final", "history", "molecule") if group not in tree.children]
     if missing:
         raise DataError(f"{source}: not a replicate cube: no group /{', /'.join(missing)}")
@@ -270,15 +287,19 @@ def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
     except json.JSONDecodeError:
         provenance = {}
     points, n_missing = _points(final)
-    named = spec.get("study")
-    name = named.get("name") if isinstance(named, dict) else spec.get("name", named)
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for family, axis in _PARTS.items():
+        if family in final:
+            values = final[family].transpose(*DIMS, axis).values
+            parts[family] = {str(name): values[..., i] for i, name in enumerate(final[axis].values)}
     return StudyData(
-        name=str(tree.attrs.get("study", name or "")),
+        name=str(tree.attrs.get("study", spec.get("study", ""))),
         title=str(tree.attrs.get("title", "Scaling study")),
         points=points,
         n_missing=n_missing,
         molecules=_molecules(molecule),
         history={str(v): _ordered(history, str(v)) for v in history.data_vars},
+        part_values=parts,
         spec=spec,
         spec_text=spec_text,
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -297,10 +318,10 @@ def _ordered(history: xr.Dataset, name: str) -> np.ndarray:
 
 
 def _points(final: xr.Dataset) -> tuple[Points, int]:
-    final = final.transpose(*DIMS)
-    status = final["status"].values
+    status = final["status"].transpose(*DIMS).values
+    planned = final["planned"].transpose(*DIMS).values if "planned" in final else np.ones_like(status)
     index = np.argwhere(status != 0)
-    template = final["status"]
+    template = final["status"].transpose(*DIMS)
     columns: dict[str, np.ndarray] = {}
     for axis, dim in enumerate(DIMS):
         labels = final[dim].values
@@ -318,7 +339,7 @@ def _points(final: xr.Dataset) -> tuple[Points, int]:
         columns["point_id"] = np.array(
             ["/".join(str(columns[dim][row]) for dim in DIMS) for row in range(len(index))], dtype=str
         )
-    return Points(columns, index), int(status.size - len(index))
+    return Points(columns, index), int(np.sum((status == 0) & (planned == 1)))
 
 
 def _listed(labels: Any) -> list[Any]:

@@ -84,7 +84,14 @@ class LawFit:
     def value(self, n: Any, d: Any, molecule: str | None = None) -> np.ndarray:
         """L at N = `n`, D' = `d`; without `molecule` the intercept is left out (the collapsed law)."""
         shift = self.intercepts.get(molecule, 0.0) if molecule else 0.0
-        return sum(_terms(self.estimates, np.asarray(n, float), np.asarray(d, float))) * math.exp(shift)
+        floor, size, time = _terms(self.estimates, np.asarray(n, float), np.asarray(d, float))
+        return np.asarray((floor + size + time) * math.exp(shift))
+
+    def draw_values(self, n: Any, d: Any) -> np.ndarray:
+        """The collapsed law of every draw at the points (n, d): (B, points)."""
+        columns = {name: self.draws[name][:, None] for name in PARAMETERS if name in self.draws}
+        floor, size, time = _terms(columns, np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float)))
+        return np.asarray(floor + size + time)
 
     def band(self, n: Any, d: Any, molecule: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
         """Pointwise 95 % percentile interval of `value` from the draws, or None without draws."""

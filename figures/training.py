@@ -93,7 +93,7 @@ def training_curves(study: StudyData) -> Plot:
             look = style.ansatz_style(kind, kinds)
             shown = gap > 0
             axis.plot(
-                history["step"][shown] + 1,
+                history["step"][shown],
                 gap[shown],
                 color=look.color,
                 ls=look.line,
@@ -117,7 +117,7 @@ def training_curves(study: StudyData) -> Plot:
             ]
         axis.set_title(f"{style.formula(molecule)}  ({len(part)} runs)", fontweight="normal")
         steps = [
-            float(r["step"]) + 1 for r in rows if r["molecule"] == molecule and isinstance(r["step"], int)
+            float(r["step"]) for r in rows if r["molecule"] == molecule and isinstance(r["step"], int)
         ]
         style.log_axis(axis, "x", steps, max_ticks=4)
     positive = [float(row["energy_minus_fci"]) for row in rows if _positive(row["energy_minus_fci"])]
@@ -128,7 +128,7 @@ def training_curves(study: StudyData) -> Plot:
         )
     for axis in axes[len(with_fci) :]:
         axis.remove()
-    style.bottom_labels(axes[: len(with_fci)], n_columns, "step + 1 (count)")
+    style.bottom_labels(axes[: len(with_fci)], n_columns, "step (count)")
     figure.supylabel("E − E$_{FCI}$ in training (Ha)", fontsize=8)
     style.legend_below(figure, [*style.ansatz_handles(kinds), *_reference_handles(sorted(names))], columns=4)
     for line in figure.legends[0].get_lines()[: len(kinds)]:
@@ -201,7 +201,7 @@ def schedules(study: StudyData) -> Plot:
         look = style.ansatz_style(kind, kinds)
         history = dict(_history(study, first, i))
         history["search_fraction"] = history["n_unique"] / study.molecules[molecule]["search_space"]
-        done = (history["step"] + 1) / float(first["steps"][i])
+        done = history["step"] / float(first["steps"][i])
         for axis, name in zip(axes.flat, names, strict=True):
             axis.plot(
                 done,
