@@ -12,8 +12,8 @@ from replicate.spec import Point, Study
 from replicate.store import Store
 
 # Rough speed of one thread, for planning only; measured speeds replace it as soon as points are done.
-STEP_SECONDS = 2e-3  # overhead of a step
-FLOP_PER_SECOND = 4e9  # of the small matrix products of a prefix tree
+STEP_SECONDS = 3e-3  # overhead of a step
+FLOP_PER_SECOND = 1.5e10  # of the small matrix products of a prefix tree
 PREFIXES_PER_DETERMINANT = 0.65  # N2: 9 401 evaluated prefixes for 14 400 determinants
 MEASURED_POINTS = 100  # done points that are opened to learn the speed of this machine
 
