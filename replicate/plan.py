@@ -12,8 +12,9 @@ from replicate.spec import Point, Study
 from replicate.store import Store
 
 # Rough speed of one thread, for planning only; measured speeds replace it as soon as points are done.
-STEP_SECONDS = 3e-3  # overhead of a step
-FLOP_PER_SECOND = 1.5e10  # of the small matrix products of a prefix tree
+STEP_SECONDS = {"made": 2e-3, "transformer": 3e-3, "retnet": 4e-3}  # overhead of a step
+ROW_SECONDS = 2e-6  # and of each determinant that is evaluated
+FLOP_PER_SECOND = 4e10  # of the matrix products of a prefix tree
 PREFIXES_PER_DETERMINANT = 0.65  # N2: 9 401 evaluated prefixes for 14 400 determinants
 MEASURED_POINTS = 100  # done points that are opened to learn the speed of this machine
 
@@ -66,8 +67,13 @@ def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
     if flips is not None:
         total = estimated_parts(point, n, flips, point.steps * batch)["total"]
     if seconds_per_step is None:
-        work = 6.0 * batch * (PREFIXES_PER_DETERMINANT * counts[0] + counts[1])  # forward and backward
-        seconds_per_step = STEP_SECONDS + work / FLOP_PER_SECOND
+        connected = space if batch == space or flips is None else min(space, batch * flips)
+        weights = PREFIXES_PER_DETERMINANT * counts[0] + counts[1]
+        work = (
+            2.0 * weights * (connected if batch < space else 0) + 6.0 * weights * batch
+        )  # local energy, gradient
+        overhead = STEP_SECONDS.get(point.ansatz.kind, 5e-3) + ROW_SECONDS * connected
+        seconds_per_step = overhead + work / FLOP_PER_SECOND
     return Estimate(point, *counts, total, point.steps * seconds_per_step)
 
 
