@@ -16,6 +16,7 @@ STEP_SECONDS = {"made": 2e-3, "transformer": 3e-3, "retnet": 4e-3}  # overhead o
 ROW_SECONDS = 2e-6  # and of each determinant that is evaluated
 FLOP_PER_SECOND = 4e10  # of the matrix products of a prefix tree
 PREFIXES_PER_DETERMINANT = 0.65  # N2: 9 401 evaluated prefixes for 14 400 determinants
+CONNECTED_SHARE = 0.1  # distinct connected determinants over batch * M: most elements vanish or coincide
 MEASURED_POINTS = 100  # done points that are opened to learn the speed of this machine
 
 
@@ -67,7 +68,7 @@ def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
     if flips is not None:
         total = estimated_parts(point, n, flips, point.steps * batch)["total"]
     if seconds_per_step is None:
-        connected = space if batch == space or flips is None else min(space, batch * flips)
+        connected = space if batch == space or flips is None else min(space, round(CONNECTED_SHARE * batch * flips))
         weights = PREFIXES_PER_DETERMINANT * counts[0] + counts[1]
         work = (
             2.0 * weights * (connected if batch < space else 0) + 6.0 * weights * batch
