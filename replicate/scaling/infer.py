@@ -273,17 +273,17 @@ def profile_intervals(
         ends = []
         for side in (0, 1):
             root = np.sqrt(np.maximum(2 * drop[i, side] * ratio, 0.0))
-            ends.append(_crossing(solution.p[j], values[i, side], root, np.sqrt(cut)))
+            ends.append(_crossing(solution.p[j], values[i, side], root, np.sqrt(cut), (-1.0, 1.0)[side]))
         out[name] = (max(ends[0], lower[j]), min(ends[1], upper[j]))
     return out
 
 
-def _crossing(centre: float, values: np.ndarray, root: np.ndarray, cut: float) -> float:
+def _crossing(centre: float, values: np.ndarray, root: np.ndarray, cut: float, side: float) -> float:
     """Where the signed root of the profile, interpolated linearly from the optimum outwards, reaches the cut."""
     xs, ys = np.concatenate([[centre], values]), np.concatenate([[0.0], root])
     above = np.flatnonzero(ys >= cut)
     if not above.size:
-        return float(np.sign(values[-1] - centre) * np.inf)
+        return side * float("inf")
     i = int(above[0])
     return float(xs[i - 1] + (xs[i] - xs[i - 1]) * (cut - ys[i - 1]) / (ys[i] - ys[i - 1]))
 
@@ -395,7 +395,7 @@ def floor_upper_bound(solution: Solution, level: float = 0.95) -> float | None:
     root = np.sqrt(np.maximum(2 * drop * ratio, 0.0))
     cut = float(stats.norm.ppf(level))
     known = np.isfinite(root)
-    end = _crossing(base, base + span[known], root[known], cut)
+    end = _crossing(base, base + span[known], root[known], cut, 1.0)
     return end * layout.design.median if np.isfinite(end) else None
 
 
@@ -523,6 +523,32 @@ def condition_number(solution: Solution) -> float:
     length = np.linalg.norm(columns, axis=1, keepdims=True)
     singular = np.linalg.svd(columns / np.maximum(length, 1e-300), compute_uv=False)
     return float(singular[0] / max(singular[-1], 1e-300))
+
+
+def design_condition(design: Design) -> float:
+    """`condition_number` of the design alone, at equal amplitudes and spread-out exponents: a fit that has already
+    given one of two collinear terms up would look well conditioned."""
+    layout = make_layout(design, Objective("l2-log"))
+    p = np.zeros((1, layout.size))
+    p[0, : layout.n_terms] = 1 / layout.n_terms
+    p[0, layout.n_terms : layout.n_terms + layout.n_exponents] = 0.3 + 0.1 * np.arange(layout.n_exponents)
+    if layout.power is None:
+        p[0, layout.n_law - 1] = 0.5
+    _, jac, _, _ = jacobian(layout, p)
+    columns = np.concatenate([jac[0], layout.contrasts])
+    singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
+    return float(singular[0] / max(singular[-1], 1e-300))
+
+
+def equality_test(solution: Solution, draws: Draws, one: str, other: str) -> dict[str, float]:
+    """Are two exponents equal? Wald test of the difference with the standard deviation of the bootstrap."""
+    raw = solution.raw()
+    cloud = draws.raw[one] - draws.raw[other]
+    cloud = cloud[np.isfinite(cloud)]
+    difference, error = raw[one] - raw[other], float(cloud.std(ddof=1)) if cloud.size > 1 else float("nan")
+    lo, hi = np.percentile(cloud, [2.5, 97.5]) if cloud.size else (np.nan, np.nan)
+    p_value = float(2 * stats.norm.sf(abs(difference) / error)) if error > 0 else float("nan")
+    return {"difference": difference, "standard_error": error, "low": float(lo), "high": float(hi), "p_value": p_value}
 
 
 def refit(design: Design, objective: Objective, near: Solution) -> Solution:

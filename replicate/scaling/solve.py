@@ -179,14 +179,6 @@ def derivatives(
     layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray, width: float | None = None
 ) -> Derivatives:
     """Objective of a batch with its exact gradient and Hessian. z (n,) or (R, n); weights (R, n)."""
-    # A trial step may overflow: its value is then not finite and the step is refused.
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return _derivatives(layout, p, z, weights, width)
-
-
-def _derivatives(
-    layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray, width: float | None
-) -> Derivatives:
     r_batch, size, n_law, n_model = len(p), layout.size, layout.n_law, layout.n_model
     k_terms, k_smooth = layout.n_terms, layout.n_terms + layout.n_exponents
     m, jac, u, _ = jacobian(layout, p)
@@ -202,7 +194,7 @@ def _derivatives(
     gradient = np.empty((r_batch, size))
     hessian = np.zeros((r_batch, size, size))
     curvature = np.empty((r_batch, size))
-    norm2 = np.empty((r_batch, size))
+    norm2 = np.ones((r_batch, size))
     gradient[:, :n_law] = np.matmul(jac, wdm[:, :, None])[:, :, 0]
     squares = jac * jac
     two = np.stack([curved, weights], axis=2)
@@ -436,16 +428,18 @@ def minimise(
         w, y = np.ascontiguousarray(weights[rows]), z if z.ndim == 1 else z[rows]
         p = start[rows].copy()
         steps = np.zeros(len(p), int)
-        for width in _widths(layout, p, y, w):
-            rough = _newton_block(
+        # A trial step may overflow: its value is then not finite, and the step is refused.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for width in _widths(layout, p, y, w):
+                rough = _newton_block(
+                    layout, p, y, w, lower[rows], upper[rows],
+                    max_iterations=12, tolerance=1e-4, width=width, damping=1e-2,
+                )  # fmt: skip
+                p, steps = rough.p, steps + rough.iterations
+            last = _newton_block(
                 layout, p, y, w, lower[rows], upper[rows],
-                max_iterations=12, tolerance=1e-4, width=width, damping=1e-2,
+                max_iterations=max_iterations, tolerance=tolerance, width=None, damping=damping,
             )  # fmt: skip
-            p, steps = rough.p, steps + rough.iterations
-        last = _newton_block(
-            layout, p, y, w, lower[rows], upper[rows],
-            max_iterations=max_iterations, tolerance=tolerance, width=None, damping=damping,
-        )  # fmt: skip
         return replace(last, iterations=last.iterations + steps)
 
     step = max(1, BLOCK_ELEMENTS // max(n, 1))

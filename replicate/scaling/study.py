@@ -1,0 +1,412 @@
+"""All fits of a cube: every ansatz and metric, jointly over molecules and molecule by molecule.
+
+The result is a plain dictionary (fit.json; its keys are listed in `commands`) and a DataTree with all draws (fit.nc).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from replicate.scaling import allocate, infer, select, validate
+from replicate.scaling.infer import Draws
+from replicate.scaling.law import LAWS, Design, Law, make_design
+from replicate.scaling.objective import Objective, parse_objective
+from replicate.scaling.solve import Solution, raw_parameters, solve
+from replicate.scaling.table import METRICS, STATUS, Rows, file_sha256, read_cube
+from replicate.spec import UserError, VScoreSpec
+
+SCHEMA = 1
+HEADLINE = "additive"
+#: Fitted with full inference when the data allow; the other laws of `LAWS` take part in the selection only.
+FULL = ("additive", "modulus_phase", "steps_fraction")
+COLUMNS = {"N": "n_total", "M": "n_modulus", "P": "n_phase", "D": "d_prime", "T": "steps", "S": "search_fraction"}
+#: Condition number of the design above which separate exponents are refused, or reported with a warning.
+REFUSE_CONDITION, WARN_CONDITION = 1000.0, 100.0
+CONSERVATIVE_RATIO = 1.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about `fit CUBE`."""
+
+    objective: Objective = Objective("t")
+    metrics: tuple[str, ...] = METRICS
+    laws: tuple[str, ...] = FULL
+    bootstrap: int = 4000
+    test_replicates: int = 500
+    selection: bool = True
+    seed: int = 0
+    variants: tuple[str, ...] = ()
+    progress: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitted law with its draws, and the rows it was fitted to."""
+
+    id: str
+    ansatz: str
+    metric: str
+    scope: str
+    solution: Solution
+    draws: Draws | None
+    rows: np.ndarray
+    entry: dict[str, Any]
+
+
+def seed_of(root: int, label: str) -> int:
+    """A stream of its own for every fit, the same from run to run."""
+    return int(np.random.SeedSequence([root, zlib.crc32(label.encode())]).generate_state(1)[0])
+
+
+def design_of(rows: Rows, mask: np.ndarray, metric: str, law: Law, *, intercepts: bool = True) -> Design:
+    """The design of the masked rows; a cluster is one run, a group one molecule."""
+    rows.require_fit_rows(mask)
+    group = rows.labels["molecule"][mask]
+    return make_design(
+        law,
+        {v: rows.variables[v][mask] for v in law.variables},
+        rows.value[metric][mask],
+        group=group if intercepts and np.unique(group).size > 1 else None,
+        cluster=np.flatnonzero(mask),
+        censored=rows.censored[metric][mask],
+        noise=rows.noise[metric][mask],
+    )
+
+
+def check_separable(design: Design) -> float:
+    """Condition number of the design; refuses above 1000 (FIT section 1)."""
+    condition = infer.design_condition(design)
+    if condition > REFUSE_CONDITION:
+        raise UserError(
+            f"law {design.law.formula}: the variables cannot be told apart (condition number {condition:.0f}, "
+            f"at most {REFUSE_CONDITION:.0f}); vary {' and '.join(design.law.variables)} in crossed ratios"
+        )
+    return condition
+
+
+def fit_cube(path: Path, options: Options) -> tuple[dict[str, Any], xr.DataTree]:
+    """Fit everything a cube allows. Raises UserError if nothing can be fitted at all, with the reasons."""
+    rows, truth = read_cube(path, variants=options.variants)
+    result, tree = fit_rows(rows, truth, options)
+    result["cube"], result["cube_sha256"] = path.name, file_sha256(path)
+    return result, tree
+
+
+def fit_rows(rows: Rows, truth: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Any], xr.DataTree]:
+    """`fit_cube` for rows in memory."""
+    fits: list[Fit] = []
+    refused: list[dict[str, str]] = []
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "cube",
+        "study": str(rows.spec.get("study", "")),
+        "settings": {
+            "objective": options.objective.name,
+            "bootstrap": options.bootstrap,
+            "seed": options.seed,
+            "v_score": rows.v_score.model_dump(),
+            "hold_outs": rows.spec.get("holdout", {}),
+        },
+        "table": _table(rows, options.metrics),
+        "provenance": rows.attributes.get("provenance"),
+        "spec": rows.attributes.get("spec", ""),
+    }
+    blocks: dict[str, list[dict[str, Any]]] = {k: [] for k in ("selection", "sensitivity", "allocation", "hold_out")}
+    for ansatz in rows.ansatze():
+        for metric in options.metrics:
+            mine = _fit_block(rows, ansatz, metric, options, refused)
+            fits += mine
+            head = next((f for f in mine if f.entry["headline"]), None)
+            if head is None:
+                continue
+            options.progress(f"{ansatz} {metric}: selection, sensitivity, allocation")
+            key = {"ansatz": ansatz, "metric": metric}
+            blocks["sensitivity"].append(key | {"rows": _sensitivity(rows, head, options)})
+            blocks["allocation"].append(key | _allocation(rows, head))
+            if options.selection:
+                chosen = select.selection(rows, head.rows, metric, options.objective, seed_of(options.seed, head.id))
+                blocks["selection"].append(key | {"rows": chosen})
+            blocks["hold_out"].append(key | validate.score_hold_outs(rows, truth, head, options))
+    if not fits:
+        reasons = list(dict.fromkeys(f"{r['ansatz']} {r['metric']}: {r['reason']}" for r in refused))
+        raise UserError(*(reasons or ["the cube has no point that a fit may use"]))
+    result["fits"] = [f.entry for f in fits]
+    result["refused"] = refused
+    return result | blocks, _tree(rows, fits)
+
+
+def _table(rows: Rows, metrics: tuple[str, ...]) -> dict[str, Any]:
+    status = {}
+    for ansatz in rows.ansatze():
+        mine = rows.labels["ansatz"] == ansatz
+        status[ansatz] = {word: int((rows.status[mine] == code).sum()) for code, word in STATUS.items()}
+    return {
+        "points": len(rows),
+        "used": {m: int(rows.usable(m).sum()) for m in metrics},
+        "excluded": {m: rows.exclusions(m) for m in metrics},
+        "censored": {m: int((rows.censored[m] & rows.usable(m)).sum()) for m in metrics},
+        "by_ansatz": status,
+    }
+
+
+def _fit_block(
+    rows: Rows, ansatz: str, metric: str, options: Options, refused: list[dict[str, str]]
+) -> list[Fit]:
+    """Joint fits of every full law, and the headline law molecule by molecule."""
+    base = rows.usable(metric) & (rows.labels["ansatz"] == ansatz)
+    molecules = [m for m in dict.fromkeys(rows.labels["molecule"].tolist()) if np.any(base & (rows.labels["molecule"] == m))]
+    jobs = [("all", law, base) for law in options.laws]
+    if len(molecules) > 1:
+        jobs += [(m, options.laws[0], base & (rows.labels["molecule"] == m)) for m in molecules]
+    fits = []
+    for scope, law, mask in jobs:
+        options.progress(f"{ansatz} {metric} {scope}: {law}")
+        try:
+            fits.append(fit_one(rows, mask, ansatz, metric, scope, LAWS[law], options))
+        except UserError as error:
+            refused.append({"ansatz": ansatz, "metric": metric, "scope": scope, "law": law, "reason": str(error)})
+    return fits
+
+
+def fit_one(
+    rows: Rows, mask: np.ndarray, ansatz: str, metric: str, scope: str, law: Law, options: Options
+) -> Fit:
+    """One law on one set of rows with all its intervals and tests."""
+    if not mask.any():
+        raise UserError("no usable point")
+    design = design_of(rows, mask, metric, law)
+    condition = check_separable(design)
+    solution = solve(design, options.objective)
+    label = f"{ansatz}/{metric}/{scope}/{law.name}"
+    head = law.name == options.laws[0]
+    entry, draws = describe(solution, options.bootstrap, seed_of(options.seed, label))
+    entry = {
+        "id": label, "ansatz": ansatz, "metric": metric, "scope": scope, "law": law.name,
+        "headline": head and scope == "all", "metric_column": metric,
+        "molecules": list(dict.fromkeys(rows.labels["molecule"][mask].tolist())),
+    } | entry  # fmt: skip
+    entry["n_molecules"], entry["condition_number"] = len(entry["molecules"]), condition
+    entry["variables"] = {
+        v: {
+            "column": COLUMNS[v],
+            "geometric_mean": math.exp(design.centre[i]),
+            "min": float(rows.variables[v][mask].min()),
+            "max": float(rows.variables[v][mask].max()),
+        }
+        for i, v in enumerate(law.variables)
+    }
+    if condition > WARN_CONDITION:
+        entry["warnings"].append(f"condition number {condition:.0f}: separate exponents are poorly determined")
+    if len(entry["molecules"]) == 1:
+        entry["warnings"].append("one molecule: no intercepts, nothing is said about other molecules")
+    if head and "N" in law.variables and options.test_replicates:
+        test = infer.variable_test(solution, "N", options.test_replicates, seed_of(options.seed, label + "/N"))
+        entry["tests"]["size_matters"] = asdict(test)
+    if scope == "all":
+        refits, jackknife = infer.leave_one_group_out(solution)
+        entry["leave_one_molecule_out"] = {"refits": refits, "intervals": jackknife}
+    if law.name == "steps_fraction" and draws is not None:
+        entry["tests"]["steps_equal_fraction"] = infer.equality_test(solution, draws, "a2", "a4")
+    return Fit(label, ansatz, metric, scope, solution, draws, mask, clean(entry))
+
+
+def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, Any], Draws | None]:
+    """Parameters, intervals of every kind, certificate and tests of one fit (the part shared with `fit --csv`)."""
+    layout, design = solution.layout, solution.layout.design
+    law, raw = design.law, solution.raw()
+    cov = infer.covariance(solution)
+    errors, sandwich = infer.sandwich_intervals(solution, cov)
+    draws = infer.bootstrap(solution, replicates, seed) if replicates else None
+    by_kind: dict[str, dict[str, Any]] = {"sandwich": sandwich}
+    if draws is not None:
+        by_kind["bootstrap"] = infer.percentile_intervals(draws)
+    profiled = [n for n in law.parameters if n not in law.amplitudes]
+    by_kind["profile"] = infer.profile_intervals(solution, cov, profiled)
+    intervals: dict[str, Any] = dict(by_kind["bootstrap"] if draws is not None else sandwich)
+    tests: dict[str, Any] = {}
+    floor = infer.floor_test(solution)
+    if floor is not None:
+        tests["floor"] = asdict(floor)
+    for name in law.amplitudes:
+        if raw[name] == 0.0:
+            upper = floor.upper if floor is not None and name == law.floor else None
+            intervals[name] = None if upper is None else (0.0, upper)
+    conservative = {}
+    for name in profiled:
+        kinds = [k[name] for k in by_kind.values() if k.get(name) is not None and np.all(np.isfinite(k[name]))]
+        widths = [k[1] - k[0] for k in kinds]
+        if widths and min(widths) > 0 and max(widths) > CONSERVATIVE_RATIO * min(widths):
+            conservative[name] = kinds[int(np.argmax(widths))]
+    names, rows = infer.raw_jacobian(solution)
+    k, q = layout.n_terms, float(layout.power_of(solution.p[None])[0])
+    beta = solution.p[layout.n_law : layout.n_model]
+    shares = solution.p[:k] / solution.p[:k].sum()
+    entry = {
+        "formula": law.formula,
+        "parameters": raw,
+        "centred": {n: float(solution.p[i] * design.median ** (1 / q)) for i, n in enumerate(law.amplitudes)},
+        "median": design.median,
+        "intercepts": dict(zip(design.group_names, design.intercepts(beta).tolist(), strict=True)) if beta.size else {},
+        "scale": solution.scale,
+        "objective": solution.objective_value,
+        "objective_name": layout.objective.name,
+        "standard_errors": errors,
+        "intervals": intervals,
+        "intervals_by_kind": by_kind,
+        "conservative": conservative,
+        "covariance": {"names": list(names), "matrix": (rows @ cov.sandwich @ rows.T).tolist()},
+        "certificate": asdict(solution.certificate),
+        "n_points": design.n_points,
+        "n_runs": design.n_clusters,
+        "n_censored": int(design.censored.sum()),
+        "term_shares": dict(zip(law.amplitudes, shares.tolist(), strict=True)),
+        "tests": tests,
+        "warnings": [],
+    }
+    if draws is not None:
+        entry["bootstrap"] = {
+            "replicates": replicates,
+            "converged_first": draws.converged_first,
+            "converged": draws.converged,
+            "rechecked": draws.rechecked,
+            "improved": draws.improved,
+        }
+    if solution.certificate.flat:
+        entry["warnings"].append("the Hessian is singular at the optimum: some parameter is not determined")
+    return entry, draws
+
+
+def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]]:
+    """How far the parameters move with each choice (FIT section 9)."""
+    out: list[dict[str, Any]] = []
+
+    def row(what: str, make: Callable[[], Solution]) -> None:
+        try:
+            solution = make()
+            cov = infer.covariance(solution)
+            out.append({
+                "what": what, "parameters": solution.raw(), "objective": solution.objective_value,
+                "intervals": infer.sandwich_intervals(solution, cov)[1], "n_points": solution.layout.design.n_points,
+            })  # fmt: skip
+        except UserError as error:
+            out.append({"what": what, "parameters": None, "reason": str(error)})
+
+    design, objective, law = head.solution.layout.design, options.objective, head.solution.layout.design.law
+    for name in ("t:4", "huber:0.1", "huber:1e-3", "l2-log", "l2-raw"):
+        other = parse_objective(name)
+        if other != objective:
+            row(f"objective {other.name}", lambda other=other: solve(design, other))  # type: ignore[misc]
+    if law.floor is not None:
+        row("without floor", lambda: infer.without_floor(head.solution))
+    if len(design.group_names) > 1:
+        row("without intercepts", lambda: solve(design_of(rows, head.rows, head.metric, law, intercepts=False), objective))
+    if "N" in law.variables:
+        swapped = replace(rows, variables=rows.variables | {"N": rows.variables["M"]})
+        row("N = modulus parameters only", lambda: solve(design_of(swapped, head.rows, head.metric, law), objective))
+    if head.metric == "v_score":
+        for n_dof in ("electrons", "qubits"):
+            for e_inf in ("sector", "identity", "zero"):
+                convention = VScoreSpec(n_dof=n_dof, e_inf=e_inf)  # type: ignore[arg-type]
+                if convention != rows.v_score:
+                    other_rows = rows.with_v_score(convention)
+                    row(
+                        f"V-score with {n_dof}, E_inf {e_inf}",
+                        lambda r=other_rows: solve(design_of(r, head.rows, "v_score", law), objective),  # type: ignore[misc]
+                    )
+    return clean(out)
+
+
+def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
+    """Exponent of the optimum, or why there is none, and the FLOP models per molecule."""
+    entry = head.entry
+    models: dict[str, dict[str, Any]] = {}
+    mine = (rows.labels["ansatz"] == head.ansatz) & (rows.reason[head.metric] == "")
+    for molecule in entry["molecules"]:
+        here = mine & (rows.labels["molecule"] == molecule)
+        space = rows.molecules[molecule]["search_space"]
+        models[molecule] = {"search_space": space}
+        for key, flops in rows.flops.items():
+            try:
+                kappa = allocate.fitted_kappa(rows.variables["N"][here], flops[here], space, rows.variables["D"][here], f"{key} of {molecule}")
+                models[molecule][key] = asdict(kappa)
+            except UserError as error:
+                models[molecule][key] = {"reason": str(error)}
+    out: dict[str, Any] = {"fit": head.id, "flop_models": models}
+    p = entry["parameters"]
+    test = entry["tests"].get("size_matters")
+    why = allocate.guard(
+        p, entry["intervals"], head.draws.raw if head.draws else None, test["p_value"] if test else None
+    ) if {"A1", "a1", "A2", "a2"} <= set(p) else "the law has no size and time terms to balance"  # fmt: skip
+    if why is not None:
+        return clean(out | {"status": allocate.NO_OPTIMUM, "reason": why, "exponent_N": None, "exponent_D": None, "interval_N": None})
+    share = p["a2"] / (p["a1"] + p["a2"])
+    ends = None
+    if head.draws is not None:
+        cloud = head.draws.raw["a2"] / (head.draws.raw["a1"] + head.draws.raw["a2"])
+        ends = np.nanpercentile(cloud, [2.5, 97.5]).tolist()
+    return clean(out | {"status": "ok", "reason": "", "exponent_N": share, "exponent_D": 1 - share, "interval_N": ends})
+
+
+def clean(value: Any) -> Any:
+    """JSON-able: numpy scalars and arrays to Python, NaN and infinities to null."""
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [clean(v) for v in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return str(value) if isinstance(value, np.str_) else value
+
+
+def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:
+    """All draws, residuals and fitted values, one group per fit."""
+    groups: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs={"title": "fits and bootstrap draws", "schema": SCHEMA})}
+    for fit in fits:
+        layout, design = fit.solution.layout, fit.solution.layout.design
+        law = design.law
+        names = [*law.parameters, *(f"intercept[{g}]" for g in design.group_names if len(layout.contrasts))]
+        if layout.objective.has_scale:
+            names.append("scale")
+        p = fit.draws.p if fit.draws is not None else np.zeros((0, layout.size))
+        unit = "hartree" if fit.metric == "abs_error" else "1"
+        data = {
+            "draws": (("replicate", "parameter"), full_table(fit.solution, p), {"units": "1", "long_name": "bootstrap refits, raw parameters"}),
+            "estimate": ("parameter", full_table(fit.solution, fit.solution.p[None])[0], {"units": "1", "long_name": "fitted raw parameters"}),
+            "residual": ("point", fit.solution.residuals(), {"units": "1", "long_name": "log residual"}),
+            "fitted": ("point", np.exp(fit.solution.fitted()) * design.median, {"units": unit, "long_name": "fitted value"}),
+            "observed": ("point", design.value * design.median, {"units": unit, "long_name": "observed value"}),
+            "censored": ("point", design.censored, {"units": "1", "long_name": "known only to lie below the observed value"}),
+        }
+        coords: dict[str, Any] = {"parameter": names}
+        for axis, labels in rows.labels.items():
+            coords[axis] = ("point", labels[fit.rows], {"units": "1", "long_name": axis})
+        for v, column in COLUMNS.items():
+            if column != "steps":
+                coords[column] = ("point", rows.variables[v][fit.rows], {"units": "1", "long_name": column})
+        groups["/" + fit.id] = xr.Dataset(data, coords, {"formula": law.formula, "objective": layout.objective.name})
+    return xr.DataTree.from_dict(groups)
+
+
+def full_table(solution: Solution, p: np.ndarray) -> np.ndarray:
+    """(R, size): law parameters raw, intercepts of every molecule, scale."""
+    layout = solution.layout
+    raw = raw_parameters(layout, p)
+    columns = [raw[n] for n in layout.design.law.parameters]
+    if len(layout.contrasts):
+        columns += list(layout.design.intercepts(p[:, layout.n_law : layout.n_model]).T)
+    if layout.objective.has_scale:
+        columns.append(np.exp(p[:, -1]))
+    return np.stack(columns, axis=1)
