@@ -129,13 +129,16 @@ def make_layout(design: Design, objective: Objective) -> Layout:
 @dataclass
 class Derivatives:
     """Of a batch: value (R,), gradient (R, P), Hessian (R, P, P), diagonal of a majorising curvature (R, P),
-    and the yardstick (R, P) that makes a gradient dimensionless."""
+    the yardstick (R, P) that makes a gradient dimensionless, and where each term weighs most: `centre` (R, K, E)
+    in the shapes of its exponents, `mass` (R, K) its curvature there."""
 
     value: np.ndarray
     gradient: np.ndarray
     hessian: np.ndarray
     curvature: np.ndarray
     yardstick: np.ndarray
+    centre: np.ndarray
+    mass: np.ndarray
 
     def take(self, rows: np.ndarray) -> Derivatives:
         return Derivatives(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
@@ -221,10 +224,17 @@ def derivatives(
     else:
         merged = wdmm - wdm / q[:, None]
         full = np.matmul(jac * merged[:, None, :], jac.transpose(0, 2, 1))
+    centre, mass = np.zeros((r_batch, k_terms, layout.n_exponents)), np.zeros((r_batch, k_terms))
     for k in range(k_terms):
         members, shapes = layout.term_exponents[k], layout.shapes[k]
         if not members:
             continue
+        share = u[k] * p[:, k : k + 1]
+        share *= share
+        share *= curved
+        mass[:, k] = share.sum(axis=1)
+        centre[:, k, list(members)] = (share @ shapes.T) / np.maximum(mass[:, k], 1e-300)[:, None]
+        mass[:, k] *= q * q
         a = wdm * u[k]
         first = a @ shapes.T * q[:, None]
         pairs = (shapes[:, None, :] * shapes[None]).reshape(len(members) ** 2, -1)
@@ -251,7 +261,7 @@ def derivatives(
     yardstick = np.sqrt(norm2) * unit[:, None]
     if layout.objective.has_scale:
         yardstick[:, -1] = total
-    return Derivatives(value, gradient, hessian, curvature, yardstick)
+    return Derivatives(value, gradient, hessian, curvature, yardstick, centre, mass)
 
 
 def _free(p: np.ndarray, d: Derivatives, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -292,15 +302,38 @@ def _cholesky_solve(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _newton_step(
     p: np.ndarray, d: Derivatives, free: np.ndarray, damping: np.ndarray, lower: np.ndarray, upper: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Damped Newton step that respects the bounds; returns (step, damping actually used).
+    """Damped Newton step that respects the bounds; returns (new parameters, damping actually used).
 
     A component that would cross its bound is put on it, and the others are solved again with that one fixed.
+    The step is taken in amplitudes at the place where each term weighs most, c_new = (c + step) exp(step_e centre):
+    a term that matters at one end of the data only has a tiny c and a steep exponent, and in (c, e) themselves its
+    valley is an exponential curve that a straight step cannot follow.
     """
-    scale = np.where(free, 1.0 / np.sqrt(np.maximum(d.curvature, 1e-300)), 1.0)
+    k_terms, smooth = d.mass.shape[1], slice(d.mass.shape[1], d.mass.shape[1] + d.centre.shape[2])
+    amplitude, pull = p[:, :k_terms], d.gradient[:, :k_terms]
+    v = d.centre
+    cv = amplitude[:, :, None] * v
+    gradient = d.gradient.copy()
+    gradient[:, smooth] += np.einsum("rk,rke->re", pull, cv)
+    hessian = d.hessian.copy()
+    # Chain rule for c(step, step_e): dc/de = c v, d2c/(dstep de) = v, d2c/(de de') = c v v'.
+    to_amplitudes = hessian[:, :, :k_terms] @ cv
+    hessian[:, :, smooth] += to_amplitudes
+    hessian[:, smooth, :] += to_amplitudes.transpose(0, 2, 1)
+    hessian[:, smooth, smooth] += cv.transpose(0, 2, 1) @ d.hessian[:, :k_terms, :k_terms] @ cv
+    hessian[:, smooth, smooth] += np.einsum("rk,rke,rkf->ref", pull, cv, v)
+    mixed = pull[:, :, None] * v
+    hessian[:, :k_terms, smooth] += mixed
+    hessian[:, smooth, :k_terms] += mixed.transpose(0, 2, 1)
+    curvature = d.curvature.copy()
+    curvature[:, smooth] = np.maximum(
+        curvature[:, smooth] - np.einsum("rk,rke->re", d.mass, v * v), 1e-4 * curvature[:, smooth]
+    )
+    scale = np.where(free, 1.0 / np.sqrt(np.maximum(curvature, 1e-300)), 1.0)
     both = free[:, :, None] & free[:, None, :]
-    h = np.where(both, d.hessian * scale[:, :, None] * scale[:, None, :], 0.0)
+    h = np.where(both, hessian * scale[:, :, None] * scale[:, None, :], 0.0)
     diagonal = np.arange(p.shape[1])
-    g = np.where(free, -d.gradient * scale, 0.0)
+    g = np.where(free, -gradient * scale, 0.0)
     step = np.zeros_like(p)
     moving = free.copy()
     fixed = np.zeros_like(p)
@@ -335,7 +368,10 @@ def _newton_step(
         bound = np.where(p[rows] + step[rows] < lower[rows], lower[rows], upper[rows])
         fixed[rows] = np.where(local, bound - p[rows], fixed[rows])
         moving[rows] &= ~local
-    return step, damping
+    trial = np.clip(p + step, lower, upper)
+    shift = np.einsum("rke,re->rk", v, trial[:, smooth] - p[:, smooth])
+    trial[:, :k_terms] *= np.exp(np.clip(shift, -50.0, 50.0))
+    return np.clip(trial, lower, upper), damping
 
 
 @dataclass(frozen=True)
@@ -376,8 +412,7 @@ def _newton_block(
         if not len(active):
             break
         now = state.take(active)
-        step, used = _newton_step(p[active], now, free[active], lam[active], lower[active], upper[active])
-        trial = np.clip(p[active] + step, lower[active], upper[active])
+        trial, used = _newton_step(p[active], now, free[active], lam[active], lower[active], upper[active])
         new = derivatives(layout, trial, z if shared else z[active], weights[active], width)
         new_free = _free(trial, new, lower[active], upper[active])
         new_small = scaled_gradient(new, new_free)
