@@ -215,10 +215,9 @@ def matrix_elements_dense(
     """<x|H|x'> for all pairs of keys, string by string: the slow twin of `Kernel`. float64 (B, B)."""
     states = from_key_layout(np.asarray(keys), hamiltonian.n_qubits // 2, order)
     matrix = np.zeros((len(states), len(states)))
-    for flip, z_mask, weight in zip(
-        hamiltonian.string_flips, hamiltonian.z_masks, hamiltonian.weights, strict=True
-    ):
-        connected = states[:, None] ^ states[None, :] == flip
-        sign = 1.0 - 2.0 * (popcount(states & z_mask) & 1)
-        matrix += np.where(connected, (weight * sign)[:, None], 0.0)
+    for m, flip in enumerate(hamiltonian.flips):
+        row, column = np.nonzero(states[:, None] ^ states[None, :] == flip)
+        for k in range(hamiltonian.offsets[m], hamiltonian.offsets[m + 1]):
+            parity = popcount(states[row] & hamiltonian.z_masks[k]) & 1
+            matrix[row, column] += np.where(parity, -1, 1) * hamiltonian.weights[k]
     return matrix

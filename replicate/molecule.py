@@ -115,6 +115,11 @@ def load_molecule(
     stored = _stored(spec, problem, Path(cache) if cache is not None else None)
     integrals = Integrals(float(stored["constant"]), stored["h1"], stored["eri"])
     n_alpha, n_beta = int(stored["n_alpha"]), int(stored["n_beta"])
+    n = 2 * len(integrals.h1)
+    if spec.spin_orbitals not in (None, n):
+        raise UserError(
+            f"{spec.name}: spin_orbitals: {spec.spin_orbitals} given, but {spec.basis} has {n} here"
+        )
     arguments = (integrals.constant, integrals.h1, integrals.eri)
     hamiltonian = jordan_wigner(*arguments, n_alpha=n_alpha, n_beta=n_beta, threshold=threshold)
     energies: dict[str, float | None] = {}
@@ -211,7 +216,10 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     """Arrays of a stored molecule; ValueError if their checksum is not the stored one."""
-    with np.load(path, allow_pickle=False) as file:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not a whole .npz archive")
+    # opened here: numpy leaks the handle of an archive that it cannot read
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     if str(arrays.pop("sha256")) != checksum(arrays):
         raise ValueError("checksum differs")

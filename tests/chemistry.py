@@ -21,7 +21,7 @@ TABLE: dict[str, dict[str, Any]] = tomllib.loads(
 _FOLDER = tempfile.TemporaryDirectory()
 
 
-def spec(name: str, **changes: Any) -> MoleculeSpec:
+def spec(name: str, /, **changes: Any) -> MoleculeSpec:
     return MoleculeSpec(**{**TABLE[name], "name": name, **changes})
 
 
@@ -37,7 +37,8 @@ def sector(mol: Molecule, order: str = "reversed") -> Sector:
 @functools.cache
 def integrals(name: str, degenerate: str = "generic") -> tuple[Integrals, float, tuple[int, int]]:
     """Integrals, Hartree-Fock energy and electrons without coupled cluster and FCI (LiCl's takes 20 s)."""
-    from pyscf import ao2mo, scf as pyscf_scf
+    from pyscf import ao2mo
+    from pyscf import scf as pyscf_scf
 
     mol = scf._build({**TABLE[name], "name": name})
     mf = pyscf_scf.ROHF(mol) if mol.spin else pyscf_scf.RHF(mol)
