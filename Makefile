@@ -45,8 +45,8 @@ lock:
 	  | sed 's/+[A-Za-z0-9.]*$$//'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-# Points that are done are not trained again; a fit or figures newer than their input are kept. A failed point does
-# not keep the others from being fitted and drawn: the exit status still tells.
+# Points that are done are not trained again; a fit or figures newer than their input are kept. A failed point or a
+# refused fit does not keep the rest from being drawn: the exit status still tells.
 replicate: setup
 	@$(PY) -m replicate plan $(SPEC) --artifacts $(ARTIFACTS) | tail -n 1
 	@name=$$($(PY) -c 'from replicate.spec import load_study; print(load_study("$(SPEC)").name)'); \
@@ -54,7 +54,7 @@ replicate: setup
 	$(PY) -m replicate run $(SPEC) --artifacts $(ARTIFACTS) $(RUN_FLAGS) || status=$$?; \
 	if [ $$status -gt 1 ]; then exit $$status; fi; \
 	$(PY) -m replicate collect $(SPEC) --artifacts $(ARTIFACTS); \
-	if [ ! $$folder/fit.json -nt $$folder/cube.nc ]; then $(PY) -m replicate fit $$folder/cube.nc; fi; \
+	if [ ! $$folder/fit.json -nt $$folder/cube.nc ]; then $(PY) -m replicate fit $$folder/cube.nc || status=$$?; fi; \
 	if [ ! $$folder/figures/report.html -nt $$folder/fit.json ]; then $(PY) -m figures $$folder/cube.nc; fi; \
 	echo "cube: $$folder/cube.nc"; \
 	echo "fit: $$folder/fit.json"; \
