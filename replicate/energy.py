@@ -1,9 +1,9 @@
 """Local energies, their mean and variance, and the V-score (SCIENCE.md sections 4 and 5).
 
 E_loc(x) = sum_x' <x|H|x'> psi(x') / psi(x). Three modes give it: `exact` evaluates each distinct determinant
-once, `paper` makes B * M forward passes and reuses nothing (what the study's FLOP estimates assume), `sampled`
-counts x' only if it is in the sample. Everything here is float64 or complex128, whatever the networks are: at
-|E| = 460 Ha a float32 mean has a floor of 3e-5 Ha.
+once, `paper` makes B * M forward passes and reuses nothing (what the study's FLOP estimates assume),
+`sampled` counts x' only if it is in the sample. Everything here is float64 or complex128, whatever the
+networks are: at |E| = 460 Ha a float32 mean has a floor of 3e-5 Ha.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LocalEnergies:
     cost: Evaluated
 
 
-# -- the whole sector at once -----------------------------------------------------------------------------------
+# -- the whole sector at once --------------------------------------------------------------------------
 
 
 def amplitudes(log_prob: Tensor, phase: Tensor) -> Tensor:
@@ -88,12 +88,12 @@ def local_from_product(psi: Tensor, product: Tensor) -> Tensor:
     return torch.complex(real, imag)
 
 
-# -- a batch of samples -----------------------------------------------------------------------------------------
+# -- a batch of samples --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def tree_amplitudes(wave: WaveFunction, keys: Tensor, chunk: int) -> tuple[Tensor, Tensor, Evaluated]:
-    """log p and phi of sorted distinct keys, `chunk` determinants (contiguous subtrees) at a time: float64."""
+    """log p and phi of sorted distinct keys, `chunk` of them (contiguous subtrees) at a time: float64."""
     log_prob = torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
     phase = torch.empty_like(log_prob)
     cost = Evaluated()
@@ -134,9 +134,7 @@ def local_energies_sampled(wave: WaveFunction, kernel: Kernel, keys: Tensor, chu
     row, where, value = connected.row[inside], where[inside], connected.value[inside]
     log_prob, phase, cost = tree_amplitudes(wave, keys, chunk)
     log_ratio = 0.5 * (log_prob[where] - log_prob[row])
-    return LocalEnergies(
-        _contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]), cost
-    )
+    return LocalEnergies(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]), cost)
 
 
 @torch.no_grad()

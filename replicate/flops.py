@@ -1,10 +1,10 @@
 """Floating-point operations: estimated as the study counts them, and executed as the code really runs.
 
-Estimated (SCIENCE.md section 6, after Kaplan et al. 2020 with the exact attention count): every one of B unique
-samples costs one sampling pass, M forward passes of both networks for its local energy and three forward-like
-passes for its gradient; nothing is reused. Executed: the matrix products of the kernels that ran, from the
-counts of nodes and determinants that they ran on (a multiply-add is 2, as in torch's FlopCounterMode).
-Nothing heavy is imported: `plan` uses this module.
+Estimated (SCIENCE.md section 6, after Kaplan et al. 2020 with the exact attention count): every one of B
+unique samples costs one sampling pass, M forward passes of both networks for its local energy and three
+forward-like passes for its gradient; nothing is reused. Executed: the matrix products of the kernels that
+ran, from the counts of nodes and determinants that they ran on (a multiply-add is 2, as in torch's
+FlopCounterMode). Nothing heavy is imported: `plan` uses this module.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from replicate.spec import Point
 
 Params = Mapping[str, int | float | str]
+
 
 def _get(params: Params, *names: str) -> tuple[int, ...]:
     return tuple(int(params[name]) for name in names)
@@ -118,11 +119,11 @@ def estimate_step(point: Point, *, n_qubits: int, n_unique_flips: int, batch: in
     return {name: batch * value for name, value in parts.items()}
 
 
-# -- what really runs -------------------------------------------------------------------------------------------
+# -- what really runs ---------------------------------------------------------------------------------
 
 
 def _dense(kind: str, params: Params, n_qubits: int) -> tuple[int, int]:
-    """Weights of the matrix products at one position: (first layer of a net on constant inputs, the others)."""
+    """Weights of the products at one position: (those on inputs that are data, the others)."""
     if kind == "made":
         w, depth = _get(params, "width", "depth")
         return n_qubits * w, (depth - 1) * w * w + 2 * n_qubits * w
@@ -141,8 +142,9 @@ def tree_forward(
 ) -> int:
     """Modulus on a prefix tree, forward or (with `backward`) its gradient's additional products.
 
-    `nodes`, `tips`: the tree's (MADE runs on tips, the others on nodes in attention blocks of `block_width`). A
-    product's gradient costs two more of its size, except that inputs which are data need none.
+    `nodes`, `tips`: the tree's (MADE runs on tips, the others on nodes in attention blocks of
+    `block_width`). A product's gradient costs two more of its size, except that inputs which are data need
+    none.
     """
     first, other = _dense(kind, params, n_qubits)
     if kind == "made":

@@ -3,8 +3,8 @@ arXiv:2109.12606 and the study's lineage).
 
 Two ways to one distribution. Token by token: every prefix splits its count by a multinomial over its four
 conditionals. All at once, where the probabilities of the whole sector are known anyway: the joint multinomial
-by binary splitting. The truncation rule is the same: at each token at most 2 B_max prefixes are kept and B_max
-at the end, largest counts first (ties: smaller key first).
+by binary splitting. The truncation rule is the same: at each token at most 2 B_max prefixes are kept and
+B_max at the end, largest counts first (ties: smaller key first).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def truncate(keys: Tensor, counts: Tensor, n_orbitals: int, batch_max: int) -> S
 
 @torch.no_grad()
 def sample_tree(wave: WaveFunction, n_samples: int, batch_max: int, generator: torch.Generator) -> Samples:
-    """Grow the tree of samples level by level, every network state carried along (cache, recurrence, units)."""
+    """Grow the tree of samples level by level, network states (cache, recurrence, units) carried along."""
     sector, device = wave.sector, generator.device
     feasible = wave.feasible(device)
     prefix = torch.zeros(1, dtype=torch.int64, device=device)

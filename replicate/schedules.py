@@ -37,5 +37,5 @@ def n_samples(sampling: SamplingSpec, step: int, steps: int) -> int:
 
 
 def annealing(train: TrainSpec, step: int, steps: int) -> float:
-    """Entropy weight lambda(t) in Hartree: linear from `annealing_lambda` to 0 at `annealing_fraction` of T."""
+    """Entropy weight lambda(t) in Hartree: linear from `annealing_lambda` to 0 at that fraction of T."""
     return train.annealing_lambda * max(0.0, 1.0 - step / (train.annealing_fraction * steps))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from replicate import flops, schedules
-from replicate.ansatz import WaveFunction, build_wave_function
+from replicate.ansatz import build_wave_function
 from replicate.ansatz.transformer import BLOCK_WIDTH
 from replicate.energy import (
     LOCAL_ENERGY,
@@ -42,8 +42,8 @@ from replicate.tree import PrefixTree, build_tree
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SPARSE_BYTES = 12  # per matrix element: float64 value, int32 column
 # Seconds per matrix element, for choosing a regime: product with a stored matrix, and finding a connected
-# determinant anew (element, sort, look-up). Seconds per FLOP of a forward pass. Measured on one CPU core; only
-# their ratios matter, and either choice is right.
+# determinant anew (element, sort, look-up). Seconds per FLOP of a forward pass. Measured on one CPU core;
+# only their ratios matter, and either choice is right.
 PRODUCT_SECONDS, CONNECT_SECONDS, FLOP_SECONDS = 1.5e-9, 1.5e-7, 4e-11
 
 
@@ -150,7 +150,7 @@ def train(
     device: str | torch.device = "cpu",
     resume: Checkpoint | None = None,
 ) -> Training:
-    """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), from the start or resumed."""
+    """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), new or resumed."""
     hamiltonian = problem if isinstance(problem, Hamiltonian) else problem.hamiltonian
     return Training(point, hamiltonian, torch.device(device), resume)
 
@@ -178,8 +178,13 @@ class Training:
         self.generator = torch.Generator(device)
         self.generator.manual_seed(stream_seed(point.seed, point.id, "samples"))
         self.weights = dict(self.wave.named_weights())
-        options = {"betas": (point.train.beta1, point.train.beta2), "eps": point.train.eps}
-        self.optimiser = torch.optim.Adam(self.weights.values(), lr=1.0, fused=True, **options)
+        self.optimiser = torch.optim.Adam(
+            self.weights.values(),
+            lr=point.train.learning_rate,
+            betas=(point.train.beta1, point.train.beta2),
+            eps=point.train.eps,
+            fused=True,
+        )
         self.regime = choose_regime(point, self.sector, hamiltonian.n_unique_flips)
         self._batch: SectorBatch | None = None
         self.step = 0
@@ -224,9 +229,7 @@ class Training:
         if not math.isfinite(energy) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step + 1}: energy {energy}, gradient norm {grad_norm}")
         self.step += 1
-        return Record(
-            self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, executed
-        )
+        return Record(self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, executed)
 
     # -- the whole sector in one pass -----------------------------------------------------------------------
 
@@ -284,9 +287,7 @@ class Training:
             rows = slice(start, start + self.gradient_chunk)
             tree = build_tree(own[rows], self.sector, self.wave.feasible(self.device))
             log_prob, phase = self.wave.log_prob(tree), self.wave.phase(own[rows])
-            self._backward(
-                log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy
-            )
+            self._backward(log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy)
             cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
         self._time(began, sampled, energy_done)
         return outcome, self._tree_flops(samples, found.cost, cost)
@@ -428,7 +429,8 @@ class Training:
         for name, weight in self.weights.items():
             weight.data.copy_(saved.tensors[f"weight/{name}"])
             prefix = f"adam/{name}/"
-            state = {key[len(prefix) :]: value for key, value in saved.tensors.items() if key.startswith(prefix)}
-            if state:
+            keys = [key for key in saved.tensors if key.startswith(prefix)]
+            if keys:
+                state = {key.removeprefix(prefix): saved.tensors[key] for key in keys}
                 self.optimiser.state[weight] = {key: value.to(self.device) for key, value in state.items()}
         self.generator.set_state(saved.tensors["generator"])

@@ -1,10 +1,10 @@
 """The prefix tree of a sorted set of determinants: the batch format of everything below.
 
 Sorted keys are the leaves of a prefix tree in depth-first order. A *node* is a distinct prefix after which at
-least two tokens are feasible; it is one position of an autoregressive network, evaluated once. Prefixes with a
-single feasible continuation have probability 1 and are no nodes (once a token is forced, so are all that
-follow, therefore every ancestor of a node is a node). Nodes are numbered in depth-first pre-order, so that the
-subtree of node i is the contiguous range [i, i + size[i]).
+least two tokens are feasible; it is one position of an autoregressive network, evaluated once. Prefixes with
+a single feasible continuation have probability 1 and are no nodes (once a token is forced, so are all that
+follow, therefore every ancestor of a node is a node). Nodes are numbered in depth-first pre-order, so that
+the subtree of node i is the contiguous range [i, i + size[i]).
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class PrefixTree:
 
     `keys`: int64 (batch,), ascending and distinct. `level`: int64 (nodes,), number of tokens placed.
     `symbol`: int64 (nodes,), the last token placed, START at the root. `mask`: bool (nodes, 4), feasible
-    tokens. `size`: int64 (nodes,), nodes in the subtree. `first_row`: int64 (nodes,), first determinant of the
-    subtree. `path`: int64 (batch, T), node at each level of each determinant (undefined past its last node).
+    tokens. `size`: int64 (nodes,), nodes in the subtree. `first_row`: int64 (nodes,), first determinant of
+    the subtree. `path`: int64 (batch, T), node at each level of each determinant (undefined past its last
+    node).
     `edges`: int64 (batch, T), 4 * node + token along each determinant, 4 * nodes where the token is forced.
     `edge_start`, `edge_count`: int64 (4 * nodes,), the determinants below an edge are the contiguous rows
     [start, start + count).
@@ -103,8 +104,9 @@ class PrefixTree:
 def build_tree(keys: Tensor, sector: Sector, feasible: FeasibleTokens | None = None) -> PrefixTree:
     """The prefix tree of `keys`: int64 (batch,), ascending, distinct, all inside `sector`.
 
-    Row i of the (batch, T) work arrays is determinant i, column t the prefix of its first t tokens; a prefix is
-    new where a token differs from the row above, so row-major order of the new ones is depth-first pre-order.
+    Row i of the (batch, T) work arrays is determinant i, column t the prefix of its first t tokens; a prefix
+    is new where a token differs from the row above, so row-major order of the new ones is depth-first
+    pre-order.
     """
     if feasible is None:
         feasible = FeasibleTokens(sector, keys.device)
@@ -147,8 +149,8 @@ def build_tree(keys: Tensor, sector: Sector, feasible: FeasibleTokens | None = N
 
 @dataclass(frozen=True)
 class Tips:
-    """`keys`: int64 (tips,), first determinant below each tip. `slot`: int64 (nodes,), index into the flattened
-    (tips, T) grid of the tip and level that stand for each node; no slot is used twice."""
+    """`keys`: int64 (tips,), first determinant below each tip. `slot`: int64 (nodes,), index into the
+    flattened (tips, T) grid of the tip and level that stand for each node; no slot is used twice."""
 
     keys: Tensor
     slot: Tensor
@@ -165,9 +167,11 @@ def _tips(tree: PrefixTree) -> Tips:
 class Blocks:
     """Attention over ancestors as dense blocks.
 
-    In pre-order, an ancestor of a node of a block either lies in the block or on the path to the block's first
-    node. Each block of `width` queries therefore has T - 1 + width keys: that path, then the block itself.
-    `n_padded`: nodes rounded up to whole blocks. `path`: int64 (blocks, T - 1), node indices (0 where masked).
+    In pre-order, an ancestor of a node of a block either lies in the block or on the path to the block's
+    first node. Each block of `width` queries therefore has T - 1 + width keys: that path, then the block
+    itself.
+    `n_padded`: nodes rounded up to whole blocks. `path`: int64 (blocks, T - 1), node indices (0 where
+    masked).
     `mask`: bool (blocks, width, T - 1 + width), ancestor-or-self; padding nodes see only themselves.
     """
 
@@ -199,8 +203,8 @@ def _blocks(tree: PrefixTree, width: int) -> Blocks:
 def path_sum(values: Tensor, tree: PrefixTree) -> Tensor:
     """Sum of edge values along each determinant: float64 (nodes, 4) -> float64 (batch,), differentiable.
 
-    The gradient of an edge is the sum over the contiguous rows below it, two look-ups in a running sum, instead
-    of a scatter-add over (batch, T).
+    The gradient of an edge is the sum over the contiguous rows below it, two look-ups in a running sum,
+    instead of a scatter-add over (batch, T).
     """
     out: Tensor = _PathSum.apply(values, tree)
     return out
@@ -214,7 +218,7 @@ class _PathSum(torch.autograd.Function):
         return flat[tree.edges].sum(1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         tree: PrefixTree = ctx.tree
         running = torch.zeros(tree.n_leaves + 1, dtype=torch.float64, device=grad.device)
         torch.cumsum(grad.to(torch.float64), 0, out=running[1:])

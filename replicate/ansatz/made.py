@@ -1,4 +1,5 @@
-"""MADE modulus: a masked MLP from n qubits to n/2 x 4 logits (SCIENCE.md section 1.1; Germain et al. 2015)."""
+"""MADE modulus: a masked MLP from n qubits to n/2 x 4 logits (SCIENCE.md section 1.1; Germain et al.
+2015)."""
 
 from __future__ import annotations
 
@@ -46,20 +47,28 @@ class Made(nn.Module):
     @property
     def n_unmasked(self) -> int:
         """Weights that the masks keep, plus biases."""
-        kept = sum(int(self.get_buffer(f"mask{i}").sum()) for i in range(len(self.layers)))
-        return kept + sum(layer.bias.numel() for layer in self.layers)
+        layers = range(len(self.layers))
+        kept = sum(int(self.get_buffer(f"mask{i}").sum()) for i in layers)
+        return kept + sum(self.get_parameter(f"layers.{i}.bias").numel() for i in layers)
 
-    def _weight(self, i: int) -> Tensor:
-        weight: Tensor = self.layers[i].weight * self.get_buffer(f"mask{i}")
-        return weight
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters."""
+        return next(self.parameters()).dtype
+
+    def _layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """Masked weight and bias of layer i."""
+        return (
+            self.get_parameter(f"layers.{i}.weight") * self.get_buffer(f"mask{i}"),
+            self.get_parameter(f"layers.{i}.bias"),
+        )
 
     def flat_logits(self, keys: Tensor) -> Tensor:
         """One pass yields the logits of every position: int64 (batch,) -> (batch, T, 4)."""
-        x = bits_of(keys, self.sector.n_orbitals, self.layers[0].weight.dtype)
-        for i, layer in enumerate(self.layers[:-1]):
-            x = torch.relu_(functional.linear(x, self._weight(i), layer.bias))
-        last = len(self.layers) - 1
-        out = functional.linear(x, self._weight(last), self.layers[last].bias)
+        x = bits_of(keys, self.sector.n_orbitals, self.dtype)
+        for i in range(len(self.layers) - 1):
+            x = torch.relu_(functional.linear(x, *self._layer(i)))
+        out = functional.linear(x, *self._layer(len(self.layers) - 1))
         return out.view(-1, self.sector.n_orbitals, TOKENS)
 
     def tree_logits(self, tree: PrefixTree) -> Tensor:
@@ -69,18 +78,19 @@ class Made(nn.Module):
 
     def advance(self, level: Level, state: State) -> tuple[Tensor, State]:
         """Units that the newest token determines are computed from the units carried along the parents."""
-        t, dtype = level.index, self.layers[0].weight.dtype
+        t, dtype = level.index, self.dtype
         nodes = level.parent.shape[0]
         old, known = self.known[max(t - 1, 0)], self.known[t]
         below = bits_of(level.prefix, t, dtype) if t else level.prefix.new_zeros((nodes, 0), dtype=dtype)
         carried = []
-        for i, layer in enumerate(self.layers[:-1]):
-            weight = self._weight(i)[old:known, : below.shape[1]]
-            fresh = torch.relu_(functional.linear(below, weight, layer.bias[old:known]))
+        for i in range(len(self.layers) - 1):
+            weight, bias = self._layer(i)
+            fresh = torch.relu_(
+                functional.linear(below, weight[old:known, : below.shape[1]], bias[old:known])
+            )
             before = state[i].index_select(0, level.parent) if t else fresh.new_zeros((nodes, 0))
             below = torch.cat([before, fresh], dim=1)
             carried.append(below)
         rows = slice(TOKENS * t, TOKENS * (t + 1))
-        last = len(self.layers) - 1
-        logits = functional.linear(below, self._weight(last)[rows, :known], self.layers[last].bias[rows])
-        return logits, tuple(carried)
+        weight, bias = self._layer(len(self.layers) - 1)
+        return functional.linear(below, weight[rows, :known], bias[rows]), tuple(carried)

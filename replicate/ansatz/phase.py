@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,11 @@ class PhaseNetwork(nn.Module):
         super().__init__()
         self.sector = sector
         sizes = [sector.n_qubits - 2, *[width] * (depth + 1), TOKENS]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def inputs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Qubits (batch, n - 2) in the network's dtype and first tokens int64 (batch, 1) of int64 keys."""
-        bits = bits_of(keys, self.sector.n_orbitals, self.layers[0].weight.dtype)
+        bits = bits_of(keys, self.sector.n_orbitals, next(self.parameters()).dtype)
         return bits[:, 2:], (keys >> (self.sector.n_qubits - 2)).unsqueeze(1)
 
     def evaluate(self, bits: Tensor, first_token: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """RetNet modulus: multi-scale retention (SCIENCE.md section 1.3; Sun et al. 2023, arXiv:2307.08621).
 
-Retention of position t: o_t = sum_{s <= t} gamma^{t-s} (q_t . k_s) v_s, with q and k rotated by their position
-and k scaled by 1/sqrt(d_head). Three forms that agree: parallel (a decay matrix), recurrent (a d_head x d_head
-state per head and token) and chunkwise. On a prefix tree "earlier positions" are ancestors.
+Retention of position t: o_t = sum_{s <= t} gamma^{t-s} (q_t . k_s) v_s, with q and k rotated by their
+position and k scaled by 1/sqrt(d_head). Three forms that agree: parallel (a decay matrix), recurrent (a
+d_head x d_head state per head and token) and chunkwise. On a prefix tree "earlier positions" are ancestors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ FORMS = ("parallel", "recurrent", "chunkwise")
 
 @dataclass(frozen=True)
 class Tables:
-    """Constants of one shape. `gamma`: (heads,). `rotation`: complex (T, d/2), exp(i t theta) per channel pair.
-    `decayed`: complex (T, d), gamma^t exp(i t theta) for queries beside gamma^-t exp(i t theta) / sqrt(d_head)
-    for keys. `scale`: 1 / sqrt(d_head)."""
+    """Constants of one shape. `gamma`: (heads,). `rotation`: complex (T, d/2), exp(i t theta) per channel
+    pair.
+    `decayed`: complex (T, d), gamma^t exp(i t theta) for queries beside gamma^-t exp(i t theta) /
+    sqrt(d_head) for keys. `scale`: 1 / sqrt(d_head)."""
 
     gamma: Tensor
     rotation: Tensor
@@ -40,8 +41,13 @@ class Tables:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tables:
         """The same on another device and in another (real) precision."""
-        turns = (x.to(device, dtype.to_complex()) for x in (self.rotation, self.decayed))
-        return Tables(self.gamma.to(device, dtype), *turns, self.scale)
+        turns = dtype.to_complex()
+        return Tables(
+            self.gamma.to(device, dtype),
+            self.rotation.to(device, turns),
+            self.decayed.to(device, turns),
+            self.scale,
+        )
 
 
 def _tables(length: int, heads: int, d_head: int) -> Tables:
@@ -130,8 +136,8 @@ class RetNet(nn.Module):
     # -- the tree -------------------------------------------------------------------------------------------
 
     def tree_logits(self, tree: PrefixTree) -> Tensor:
-        """Every node is one position. gamma^(t-s) = gamma^t gamma^-s rides on the rotations of q and k (at most
-        31 levels, so gamma^-s < 3), which leaves a plain ancestor mask."""
+        """Every node is one position. gamma^(t-s) = gamma^t gamma^-s rides on the rotations of q and k (at
+        most 31 levels, so gamma^-s < 3), which leaves a plain ancestor mask."""
         blocks = tree.blocks(BLOCK_WIDTH)
         x = embed(self.token, self.position, tree, blocks.n_padded)
         level = functional.pad(tree.level, (0, blocks.n_padded - tree.n_nodes))

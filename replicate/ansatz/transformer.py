@@ -1,4 +1,5 @@
-"""Decoder-only transformer modulus (SCIENCE.md section 1.2; Vaswani et al. 2017, lineage arXiv:2411.03900)."""
+"""Decoder-only transformer modulus (SCIENCE.md section 1.2; Vaswani et al. 2017, lineage
+arXiv:2411.03900)."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from replicate.ansatz.base import Level, State
 from replicate.sector import TOKENS, Sector
 from replicate.tree import START, SYMBOLS, Blocks, PrefixTree, tokens_of
 
-# Nodes per attention block: smaller ones waste fewer operations on masked pairs, larger ones make better use of
-# matrix products; 16 was the fastest on a CPU among 8, 16, 32 and 64 (forward and backward).
+# Nodes per attention block: smaller ones waste fewer operations on masked pairs, larger ones make better use
+# of matrix products; 16 was the fastest on a CPU among 8, 16, 32 and 64 (forward and backward).
 BLOCK_WIDTH = 16
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": functional.gelu}
 Mix = Callable[[Tensor], Tensor]  # (rows, 3d) queries, keys, values -> (rows, d): attention in some layout
 
 
@@ -29,7 +31,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, d: int, ff: int, norm: str, activation: str) -> None:
         super().__init__()
         self.pre = norm == "pre"
-        self.activation = {"relu": torch.relu, "gelu": functional.gelu}[activation]
+        self.activation = ACTIVATIONS[activation]
         self.qkv = nn.Linear(d, 3 * d)
         self.out = nn.Linear(d, d)
         self.up = nn.Linear(d, ff)
@@ -68,9 +70,10 @@ class Transformer(nn.Module):
         super().__init__()
         if d % heads:
             raise ValueError(f"d = {d} is not a multiple of heads = {heads}")
-        for key, value, known in (("norm", norm, ("post", "pre")), ("activation", activation, ("relu", "gelu"))):
-            if value not in known:
-                raise ValueError(f"{key}: {value!r} is not one of {', '.join(known)}")
+        if norm not in ("post", "pre"):
+            raise ValueError(f"norm: {norm!r} is not one of post, pre")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.sector, self.heads, self.d = sector, heads, d
         self.token = nn.Embedding(SYMBOLS, d)
         self.position = nn.Embedding(sector.n_orbitals, d)
@@ -115,7 +118,7 @@ class Transformer(nn.Module):
         return logits.view(batch, length, TOKENS)
 
     def advance(self, level: Level, state: State) -> tuple[Tensor, State]:
-        """One level of the growing tree with a key-value cache: state[l] is (nodes, tokens, 2d) of layer l."""
+        """One level of the growing tree, key-value cache carried: state[l] is (nodes, tokens, 2d)."""
         x = self.token(level.symbol) + self.position.weight[level.index]
         caches: list[Tensor] = []
 
