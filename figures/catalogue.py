@@ -1,7 +1,8 @@
-"""Imports every module that registers a figure or a table; the order of imports is the order within a section."""
+"""Imports every module that registers a figure or a table; the order of imports is the order within a
+section."""
 
 from __future__ import annotations
 
-from figures import compute, costs, diagnostics, effects, scaling, tables, training
+from figures import compute, costs, diagnostics, effects, scaling, tables, training, verdicts
 
-__all__ = ["compute", "costs", "diagnostics", "effects", "scaling", "tables", "training"]
+__all__ = ["compute", "costs", "diagnostics", "effects", "scaling", "tables", "training", "verdicts"]

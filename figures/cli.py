@@ -13,12 +13,14 @@ from pathlib import Path
 
 import figures.catalogue  # noqa: F401  (registers every figure and table)
 from figures.data import DataError, load_study
+from figures.readme import rewrite
 from figures.registry import artefacts
 from figures.render import FORMATS, build, write
 from figures.report import report_html
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line, with the list of figures in its help."""
     names = "\n".join(f"  {item.name:<24}{item.question}" for item in artefacts())
     arguments = argparse.ArgumentParser(
         prog="python -m figures",
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DataError as error:
             problems.append(str(error))
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        sys.stderr.write("\n".join(problems) + "\n")
         return 2
 
     products = build(study, [known[name] for name in dict.fromkeys(wanted)])
@@ -83,16 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.write_text(report_html(study, products), encoding="utf-8", newline="\n")
             files.append(report)
         if arguments.readme is not None:
-            from figures.readme import rewrite
-
             rewrite(arguments.readme, study, products, folder)
             files.append(arguments.readme)
     except OSError as error:
-        print(f"{folder}: cannot write: {error.strerror or error}", file=sys.stderr)
+        sys.stderr.write(f"{folder}: cannot write: {error.strerror or error}\n")
         return 1
     built = sum(product.result is not None for product in products)
-    print(f"{built} of {len(products)} figures and tables, {len(files)} files in {folder}")
-    for product in products:
-        for reason in product.missing:
-            print(f"missing: {product.artefact.name}: {reason}")
+    lines = [f"{built} of {len(products)} figures and tables, {len(files)} files in {folder}"]
+    lines += [f"missing: {p.artefact.name}: {reason}" for p in products for reason in p.missing]
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0

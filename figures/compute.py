@@ -1,7 +1,9 @@
 """Compute-optimal allocation: IsoFLOP curves, N*, D'*, T* against the budget, and the exponent of D'* ~ N*^k.
 
-The cost of a run is C = |S| D' kappa(N). kappa is taken from the runs themselves (recorded FLOPs over |S| D', a power
-law c N^e per molecule and ansatz), so that estimated and executed FLOPs, attention terms included, are treated alike;
+The cost of a run is C = |S| D' kappa(N). kappa is taken from the runs themselves (recorded FLOPs over |S|
+D', a power
+law c N^e per molecule and ansatz), so that estimated and executed FLOPs, attention terms included, are
+treated alike;
 with C = |S| c N^e D' the optimum of A1 N^-a1 + A2 D'^-a2 is closed-form (SCIENCE section 7 with eps = e).
 """
 
@@ -20,14 +22,18 @@ from figures.effects import usable
 from figures.fits import LawFit, summary, tails
 from figures.registry import Cell, Column, MissingData, Plot, Table, artefact
 
-NEAR_LINEAR = (0.8, 1.25)  # D'* ~ N*^k with k in this band is called near-linear (the usual equivalence bounds)
+NEAR_LINEAR = (
+    0.8,
+    1.25,
+)  # D'* ~ N*^k with k in this band is called near-linear (the usual equivalence bounds)
 LANGUAGE_MODEL_K = 1.0
 _BUDGETS = 5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """C = space c N^e D': c and e fitted to the runs of one molecule and ansatz; `fraction` = mean S_F (T = D'/S_F)."""
+    """C = space c N^e D': c and e fitted to the runs of one molecule and ansatz; `fraction` = mean S_F (T
+    = D'/S_F)."""
 
     molecule: str
     space: float
@@ -46,7 +52,9 @@ class Cost:
 def cost_of(study: StudyData, molecule: str, kind: str, column: str) -> Cost:
     """Least-squares power law of recorded FLOPs per |S| D' in N. Raises MissingData below 3 sizes."""
     rows = study.headline.only(molecule=molecule, ansatz=kind)
-    good = np.isfinite(rows[column]) & (rows[column] > 0) & np.isfinite(rows["d_prime"]) & (rows["d_prime"] > 0)
+    good = (
+        np.isfinite(rows[column]) & (rows[column] > 0) & np.isfinite(rows["d_prime"]) & (rows["d_prime"] > 0)
+    )
     rows = rows.where(good)
     if len(set(rows["n_total"].tolist())) < 3:
         raise MissingData(f"{kind}, {molecule}: fewer than 3 sizes with recorded FLOPs")
@@ -68,7 +76,8 @@ def reference_molecule(study: StudyData, points: Points) -> str:
 
 
 def optimum(law: LawFit, cost: Cost, budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N*, D'*) for each budget: arrays (1 + B, budgets), estimate first; NaN where a term is absent in a draw."""
+    """(N*, D'*) for each budget: arrays (1 + B, budgets), estimate first; NaN where a term is absent in a
+    draw."""
     p = {name: values[:, None] for name, values in law.stacked().items()}
     x = budget[None, :] / (cost.space * cost.c)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -79,14 +88,17 @@ def optimum(law: LawFit, cost: Cost, budget: np.ndarray) -> tuple[np.ndarray, np
 
 
 def interior(study: StudyData, kind: str, metric: str) -> LawFit:
-    """The law, if the fit identified an interior optimum for it; MissingData otherwise, with the fit's reason."""
+    """The law, if the fit identified an interior optimum for it; MissingData otherwise, with the fit's
+    reason."""
     law = usable(study.fits, kind, metric)
     entry = study.fits.section("allocation", kind, metric) if study.fits is not None else None
     if entry is not None and entry.get("status") != "ok":
         reason = f" ({entry.get('reason')})" if entry.get("reason") else ""
         raise MissingData(f"{kind}, {style.METRIC_NAME[metric]}: {entry.get('status')}{reason}")
     if not (law.estimates.get("A1", 0) > 0 and law.estimates.get("A2", 0) > 0):
-        raise MissingData(f"{kind}, {style.METRIC_NAME[metric]}: a term of the law is absent, no interior optimum")
+        raise MissingData(
+            f"{kind}, {style.METRIC_NAME[metric]}: a term of the law is absent, no interior optimum"
+        )
     return law
 
 
@@ -98,7 +110,14 @@ def _cases(study: StudyData, notes: list[str]) -> list[tuple[str, str, LawFit, C
     for metric in METRICS:
         for kind in points.unique("ansatz"):
             try:
-                found.append((metric, kind, interior(study, kind, metric), cost_of(study, molecule, kind, "flops_estimated")))
+                found.append(
+                    (
+                        metric,
+                        kind,
+                        interior(study, kind, metric),
+                        cost_of(study, molecule, kind, "flops_estimated"),
+                    )
+                )
             except MissingData as gap:
                 notes.append(str(gap))
     if not found:
@@ -115,17 +134,17 @@ def _cases(study: StudyData, notes: list[str]) -> list[tuple[str, str, LawFit, C
     needs=("final", "fit", "molecule"),
 )
 def isoflop(study: StudyData) -> Plot:
-    """L along curves of equal estimated FLOPs against N, with the optimum and its interval, per ansatz and metric."""
+    """L along curves of equal estimated FLOPs against N, with the optimum and its interval, per ansatz and
+    metric."""
     notes: list[str] = []
     cases = _cases(study, notes)
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in cases))
     metrics = list(dict.fromkeys(metric for metric, *_ in cases))
-    figure = style.new_figure(
-        style.DOUBLE if len(kinds) > 1 else style.SINGLE, 2.0 * len(metrics) + 0.6
-    )
+    figure = style.new_figure(style.DOUBLE if len(kinds) > 1 else style.SINGLE, 2.0 * len(metrics) + 0.6)
     axes = figure.subplots(len(metrics), len(kinds), squeeze=False, sharey="row")
     rows: list[dict[str, Cell]] = []
     drawn = set()
+    shown: dict[str, list[np.ndarray]] = {}
     for metric, kind, law, cost in cases:
         axis = axes[metrics.index(metric), kinds.index(kind)]
         drawn.add((metric, kind))
@@ -134,20 +153,35 @@ def isoflop(study: StudyData) -> Plot:
         budgets = np.geomspace(*cost.budget_span, _BUDGETS + 2)[1:-1]
         sizes = np.geomspace(cost.n_span[0] / 30, cost.n_span[1] * 30, 160)
         best, _ = optimum(law, cost, budgets)
-        values = []
         for b, budget in enumerate(budgets):
             error = law.value(sizes, cost.d_prime(budget, sizes), where)
             inside = (sizes >= cost.n_span[0]) & (sizes <= cost.n_span[1])
-            values.append(error[inside])
+            shown.setdefault(metric, []).append(error[inside])
             alpha = 0.35 + 0.65 * b / (_BUDGETS - 1)
             axis.plot(sizes, error, color=look.color, lw=0.8, ls=":", alpha=alpha, gid=f"outside:{b}")
             axis.plot(sizes[inside], error[inside], color=look.color, lw=1.3, alpha=alpha, gid=f"isoflop:{b}")
             star = summary(best[:, b])
             at = float(law.value(star.value, cost.d_prime(budget, np.array(star.value)), where))
             if math.isfinite(star.low):
-                axis.plot([star.low, star.high], [at, at], color=look.color, lw=1.6, alpha=alpha, zorder=4, gid="interval")
+                axis.plot(
+                    [star.low, star.high],
+                    [at, at],
+                    color=look.color,
+                    lw=1.6,
+                    alpha=alpha,
+                    zorder=4,
+                    gid="interval",
+                )
             axis.plot(
-                [star.value], [at], marker=look.marker, color=look.color, mec=style.PAPER, mew=0.5, ms=5, zorder=5, gid="optimum"
+                [star.value],
+                [at],
+                marker=look.marker,
+                color=look.color,
+                mec=style.PAPER,
+                mew=0.5,
+                ms=5,
+                zorder=5,
+                gid="optimum",
             )
             rows.append(
                 {
@@ -166,9 +200,7 @@ def isoflop(study: StudyData) -> Plot:
         if metrics.index(metric) == 0:
             axis.set_title(look.label)
     for i, metric in enumerate(metrics):
-        inside = [float(line.get_ydata()[j]) for axis in axes[i] for line in axis.get_lines()
-                  if str(line.get_gid()).startswith("isoflop") for j in range(len(line.get_ydata()))]  # fmt: skip
-        style.log_axis(axes[i, 0], "y", inside, pad=1.6)
+        style.log_axis(axes[i, 0], "y", np.concatenate(shown[metric]), pad=1.6)
         axes[i, 0].set_ylabel(style.METRIC_LABEL[metric])
         for j, kind in enumerate(kinds):
             if (metric, kind) not in drawn:
@@ -187,13 +219,21 @@ def isoflop(study: StudyData) -> Plot:
     )
     caption = (
         f"Fitted error along curves of equal estimated compute, {_BUDGETS} budgets per panel between "
-        f"{min(spans):.1e} and {max(spans):.1e} FLOP, with the costs of {cases[0][3].molecule} (median sector of the "
+        f"{min(spans):.1e} and {max(spans):.1e} FLOP, with the costs of {cases[0][3].molecule} (median "
+        f"sector of the "
         "study). Shaded: sizes of the runs; dotted: extrapolation."
     )
     alt = "IsoFLOP curves of error against parameters with the optimum of each budget marked."
     columns = (
-        "metric", "ansatz", "molecule", "budget_flop", "n_star", "value_at_n_star", "inside_data", "point_ids",
-    )  # fmt: skip
+        "metric",
+        "ansatz",
+        "molecule",
+        "budget_flop",
+        "n_star",
+        "value_at_n_star",
+        "inside_data",
+        "point_ids",
+    )
     return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
 
 
@@ -226,9 +266,16 @@ def front(study: StudyData) -> Plot:
         for j, values in enumerate((n, d, d / cost.fraction)):
             axis = axes[metrics.index(metric), j]
             seen[j] += values[0].tolist()
-            axis.plot(budgets, values[0], color=look.color, ls=look.line, lw=0.8, alpha=0.8, gid=f"front:{kind}")
             axis.plot(
-                budgets, np.where(inside, values[0], np.nan), color=look.color, ls=look.line, lw=2.4, gid=f"inside:{kind}"
+                budgets, values[0], color=look.color, ls=look.line, lw=0.8, alpha=0.8, gid=f"front:{kind}"
+            )
+            axis.plot(
+                budgets,
+                np.where(inside, values[0], np.nan),
+                color=look.color,
+                ls=look.line,
+                lw=2.4,
+                gid=f"inside:{kind}",
             )
             if len(values) > 100:
                 band = np.nanpercentile(values[1:], tails(), axis=0)
@@ -268,14 +315,24 @@ def front(study: StudyData) -> Plot:
     ]
     style.legend_below(figure, handles)
     caption = (
-        f"Compute-optimal size, D′ and steps against the budget for {cases[0][3].molecule} (the study's median sector), by "
-        "the study's FLOP accounting. Bands: 95 % of the bootstrap draws. Thick: inside the sizes and budgets of the runs; "
+        f"Compute-optimal size, D′ and steps against the budget for {cases[0][3].molecule} (the study's "
+        f"median sector), by "
+        "the study's FLOP accounting. Bands: 95 % of the bootstrap draws. Thick: inside the sizes and "
+        "budgets of the runs; "
         "thin: extrapolation. T* = D′*/S_F at the runs' mean S_F; S_F may not exceed 1."
     )
     alt = "Optimal N, D prime and T against compute for every ansatz with an interior optimum."
     columns = (
-        "metric", "ansatz", "molecule", "budget_flop", "n_star", "d_prime_star", "t_star", "inside_data", "point_ids",
-    )  # fmt: skip
+        "metric",
+        "ansatz",
+        "molecule",
+        "budget_flop",
+        "n_star",
+        "d_prime_star",
+        "t_star",
+        "inside_data",
+        "point_ids",
+    )
     return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
 
 
@@ -323,7 +380,8 @@ def exponent(study: StudyData) -> Plot:
             }
         )
     axis.set_yticks(
-        range(len(cases)), [f"{style.ansatz_style(k, kinds).label}, {style.METRIC_NAME[m]}" for m, k, *_ in cases]
+        range(len(cases)),
+        [f"{style.ansatz_style(k, kinds).label}, {style.METRIC_NAME[m]}" for m, k, *_ in cases],
     )
     axis.set_ylim(len(cases) - 0.4, -0.6)
     axis.set_xlabel("k = α$_1$/α$_2$ in D′* ~ N*$^k$ (dimensionless)")
@@ -331,10 +389,13 @@ def exponent(study: StudyData) -> Plot:
     style.log_axis(axis, "x", [*ends, *NEAR_LINEAR])
     axis.grid(False, axis="y")
     caption = (
-        "Exponent of the optimal relation with 95 % bootstrap interval. Dashed: language models (k = 1); shaded: "
+        "Exponent of the optimal relation with 95 % bootstrap interval. Dashed: language models (k = 1); "
+        "shaded: "
         f"near-linear, k in [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]."
     )
-    alt = "Exponent k of D prime star against N star per ansatz and metric with intervals; reference line at one."
+    alt = (
+        "Exponent k of D prime star against N star per ansatz and metric with intervals; reference line "
+        "at one."
+    )
     columns = ("metric", "ansatz", "k", "n_runs", "point_ids")
     return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
-

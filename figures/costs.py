@@ -35,7 +35,8 @@ def group_of(part: str) -> str:
 
 
 def leading_order_shares(kind: str, n: float, flips: float, rho: np.ndarray) -> dict[str, np.ndarray]:
-    """Shares of a step by the study's accounting at leading order in N (SCIENCE section 7; attention terms left out).
+    """Shares of a step by the study's accounting at leading order in N (SCIENCE section 7; attention terms
+    left out).
 
     `rho` = N_mod/N, shape (runs,). Raises KeyError for an ansatz without a closed form.
     """
@@ -51,8 +52,11 @@ def leading_order_shares(kind: str, n: float, flips: float, rho: np.ndarray) -> 
     return {name: value / total for name, value in parts.items()}
 
 
-def recorded_shares(study: StudyData, rows: Points, family: str) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
-    """Shares by group from the parts that the cube stores for the rows: ({group: (rows,)}, rows kept), or None."""
+def recorded_shares(
+    study: StudyData, rows: Points, family: str
+) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Shares by group from the parts that the cube stores for the rows: ({group: (rows,)}, rows kept), or
+    None."""
     parts = study.parts(family)
     if not parts:
         return None
@@ -68,9 +72,15 @@ def recorded_shares(study: StudyData, rows: Points, family: str) -> tuple[dict[s
     return {name: value[keep] / total[keep] for name, value in grouped.items()}, keep
 
 
-def shares(study: StudyData, rows: Points, kind: str, molecule: str, how: str) -> tuple[dict[str, np.ndarray], Points] | None:
+def shares(
+    study: StudyData, rows: Points, kind: str, molecule: str, how: str
+) -> tuple[dict[str, np.ndarray], Points] | None:
     """Shares per run for "estimated", "executed" or "measured"; None where the cube cannot say."""
-    family = {"estimated": "flops_estimated_part", "executed": "flops_executed_part", "measured": "wall_part_seconds"}[how]
+    family = {
+        "estimated": "flops_estimated_part",
+        "executed": "flops_executed_part",
+        "measured": "wall_part_seconds",
+    }[how]
     recorded = recorded_shares(study, rows, family)
     if recorded is not None:
         mask = np.zeros(len(rows), bool)
@@ -128,9 +138,16 @@ def cost_shares(study: StudyData) -> Plot:
                 mean = float(np.mean(values))
                 colour, hatch = _LOOKS[group]
                 axis.barh(
-                    y, mean, left=left, height=0.72, color=colour, hatch=hatch, edgecolor=style.PAPER, lw=0.3,
+                    y,
+                    mean,
+                    left=left,
+                    height=0.72,
+                    color=colour,
+                    hatch=hatch,
+                    edgecolor=style.PAPER,
+                    lw=0.3,
                     gid=f"{how}:{group}",
-                )  # fmt: skip
+                )
                 left += mean
                 rows.append(
                     {
@@ -163,8 +180,10 @@ def cost_shares(study: StudyData) -> Plot:
     )
     source = "as recorded with the runs" if study.parts("flops_estimated_part") else "at leading order in N"
     caption = (
-        f"Mean share of each part of a training step over the runs of a molecule and ansatz ({study.exclusions()}). "
-        f"Estimated: the study's accounting, {source}, nothing reused: M forward passes per sample for the local energy. "
+        f"Mean share of each part of a training step over the runs of a molecule and ansatz "
+        f"({study.exclusions()}). "
+        f"Estimated: the study's accounting, {source}, nothing reused: M forward passes per sample for "
+        f"the local energy. "
         "The CSV holds the lowest and highest share over the runs."
     )
     alt = "Stacked bars of the shares of sampling, local energy and gradient per molecule and ansatz."
@@ -175,7 +194,8 @@ def cost_shares(study: StudyData) -> Plot:
 @artefact(
     "cost_per_step",
     title="Cost of a step: reuse, time and speed",
-    question="How far does the no-reuse estimate overcount what ran, and what does a step take on this machine?",
+    question="How far does the no-reuse estimate overcount what ran, and what does a step take on this "
+    "machine?",
     section="cost",
     kind="figure",
 )
@@ -199,14 +219,18 @@ def cost_per_step(study: StudyData) -> Plot:
         axes[1].plot(points["n_total"][own], seconds[own], gid=f"seconds:{kind}", **marks)
         axes[2].plot(points["n_total"][own], rate[own], gid=f"rate:{kind}", **marks)
     axes[0].axhline(1, color=style.SOFT, lw=0.8, ls=(0, (3, 2)))
-    axes[0].set_xticks(range(len(molecules)), [style.formula(m) for m in molecules], rotation=35 if len(molecules) > 5 else 0)
+    axes[0].set_xticks(
+        range(len(molecules)), [style.formula(m) for m in molecules], rotation=35 if len(molecules) > 5 else 0
+    )
     axes[0].set_xlabel("molecule")
     axes[0].grid(False, axis="x")
     axes[0].set_ylabel("estimated / executed (ratio)")
     axes[1].set_ylabel("time per step (s)")
     axes[2].set_ylabel("achieved rate (FLOP/s)")
     notes = []
-    for axis, values, name in zip(axes, (ratio, seconds, rate), ("FLOP ratio", "time", "FLOP/s"), strict=True):
+    for axis, values, name in zip(
+        axes, (ratio, seconds, rate), ("FLOP ratio", "time", "FLOP/s"), strict=True
+    ):
         good = values[np.isfinite(values) & (values > 0)]
         if len(good):
             style.log_axis(axis, "y", good, pad=1.5)
@@ -234,8 +258,13 @@ def cost_per_step(study: StudyData) -> Plot:
         for i in range(len(points))
     ]
     caption = (
-        f"One marker per run ({study.exclusions()}). Left: FLOPs of the study's no-reuse accounting over FLOPs counted on "
-        "what ran (dashed: equal). Middle and right: wall time per step and achieved rate, on the machines in the provenance."
+        f"One marker per run ({study.exclusions()}). Left: FLOPs of the study's no-reuse accounting over "
+        f"FLOPs counted on "
+        "what ran (dashed: equal). Middle and right: wall time per step and achieved rate, on the "
+        "machines in the provenance."
     )
-    alt = "Three panels: estimated over executed FLOPs by molecule, seconds per step and FLOP per second against N."
+    alt = (
+        "Three panels: estimated over executed FLOPs by molecule, seconds per step and FLOP per second "
+        "against N."
+    )
     return Plot(figure, Table(tuple(Column(c, c) for c in rows[0]), tuple(rows)), caption, alt, tuple(notes))

@@ -1,4 +1,5 @@
-"""The cube as the figures see it: one row per run, histories by row, molecules by name. Only this module opens files.
+"""The cube as the figures see it: one row per run, histories by row, molecules by name. Only this module
+opens files.
 
 `load_study(cube, fit)` returns a `StudyData`; everything drawn or tabulated is computed from it alone.
 """
@@ -65,7 +66,8 @@ class DataError(Exception):
 class Points:
     """Runs in a fixed order (cube order), column by column: every array has shape (n,).
 
-    Columns: the six axes, `point_id`, `status`, `n_modulus`, `n_phase`, `n_total`, and every variable of /final.
+    Columns: the six axes, `point_id`, `status`, `n_modulus`, `n_phase`, `n_total`, and every variable of
+    /final.
     Failed and invalid runs are kept (their metrics may be NaN); cells never run are not rows.
     """
 
@@ -156,7 +158,8 @@ class StudyData:
 
     @cached_property
     def held_out(self) -> frozenset[str]:
-        """Point ids that the spec keeps from the fit (marked in the cube, else read from the spec's [holdout])."""
+        """Point ids that the spec keeps from the fit (marked in the cube, else read from the spec's
+        [holdout])."""
         if "held_out" in self.points:
             return frozenset(np.asarray(self.points["point_id"])[self.points["held_out"] == 1].tolist())
         rules = self.spec.get("holdout")
@@ -190,7 +193,8 @@ class StudyData:
         return self.fits
 
     def history_at(self, where: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Recorded steps of the run at cube position `where` (one row of `Points.index`): arrays (records,)."""
+        """Recorded steps of the run at cube position `where` (one row of `Points.index`): arrays
+        (records,)."""
         step = self.history["step"][where]
         keep = np.isfinite(step) & (step >= 0)
         return {name: values[where][keep] for name, values in self.history.items()}

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from figures import style
 from figures.data import DIMS, METRICS, StudyData
 from figures.fits import LawFit
-from figures.registry import Cell, Column, MissingData, Plot, Quantity, Sheet, Table, artefact
+from figures.registry import Cell, Column, MissingData, Plot, Quantity, Sheet, Table, artefact, numbers
 from figures.scaling import drawable
 
 _AXES = ("n_total", "d_prime", "steps", "search_fraction", "fitted", "molecule")
@@ -53,9 +53,16 @@ def residual_figure(study: StudyData, metric: str) -> Plot:
             if name == "molecule":
                 x = np.array([molecules.index(str(m)) for m in x]) + (j - (len(laws) - 1) / 2) * 0.22
             axis.plot(
-                x, points["residual"], ls="none", marker=look.marker, color=look.color, ms=2.4, alpha=0.4, mew=0,
+                x,
+                points["residual"],
+                ls="none",
+                marker=look.marker,
+                color=look.color,
+                ms=2.4,
+                alpha=0.4,
+                mew=0,
                 gid=f"residual:{law.ansatz}",
-            )  # fmt: skip
+            )
             _running_median(axis, np.asarray(x, float), points["residual"], look, name == "molecule")
         ids = study.ids_of(law)
         rows += [
@@ -77,18 +84,24 @@ def residual_figure(study: StudyData, metric: str) -> Plot:
             axis.grid(False, axis="x")
         else:
             style.log_axis(axis, "x", np.concatenate([c[name] for c in columns]), max_ticks=4)
-        axis.set_xlabel(style.METRIC_LABEL[metric].replace("(", "fitted (") if name == "fitted" else style.AXIS_LABEL[name])
-    reach = float(np.quantile(np.abs([float(r["residual"]) for r in rows if isinstance(r["residual"], float)]), 0.995))
+        axis.set_xlabel(
+            style.METRIC_LABEL[metric].replace("(", "fitted (")
+            if name == "fitted"
+            else style.AXIS_LABEL[name]
+        )
+    reach = float(np.quantile(np.abs(numbers(rows, "residual")), 0.995))
     axes[0].set_ylim(-1.15 * reach, 1.15 * reach)
     style.plain_axis(axes[0], "y")
     figure.supylabel("residual, ln(observed/fitted) (dimensionless)", fontsize=8)
     style.legend_below(figure, style.ansatz_handles(kinds, line=False))
-    outside = sum(abs(float(r["residual"])) > 1.15 * reach for r in rows if isinstance(r["residual"], float))
+    outside = sum(abs(value) > 1.15 * reach for value in numbers(rows, "residual"))
     scatter = ", ".join(
-        f"{law.ansatz} {np.std(c['residual']):.2f} ({len(c['residual'])} runs)" for law, c in zip(laws, columns, strict=True)
+        f"{law.ansatz} {np.std(c['residual']):.2f} ({len(c['residual'])} runs)"
+        for law, c in zip(laws, columns, strict=True)
     )
     caption = (
-        f"Residuals of the headline law of the {style.METRIC_NAME[metric]}; lines: running medians. Standard deviation: "
+        f"Residuals of the headline law of the {style.METRIC_NAME[metric]}; lines: running medians. "
+        f"Standard deviation: "
         f"{scatter}. A trend along any axis means that the law is wrong there."
         + (f" {outside} residuals lie outside the axis (in the CSV)." if outside else "")
     )
@@ -101,17 +114,29 @@ def _plain(value: Any) -> Cell:
     return int(item) if isinstance(item, float) and item.is_integer() and abs(item) > 1 else item
 
 
-def _running_median(axis: Axes, x: np.ndarray, y: np.ndarray, look: style.AnsatzStyle, by_label: bool) -> None:
+def _running_median(
+    axis: Axes, x: np.ndarray, y: np.ndarray, look: style.AnsatzStyle, by_label: bool
+) -> None:
     order = np.argsort(x, kind="stable")
+    few = by_label or len(np.unique(x)) <= _BINS + 2
     groups = (
-        [order[x[order] == value] for value in np.unique(x)] if by_label else np.array_split(order, min(_BINS, len(order)))
+        [order[x[order] == value] for value in np.unique(x)]
+        if few
+        else np.array_split(order, min(_BINS, len(order)))
     )
     centres = [float(np.median(x[g])) for g in groups if len(g)]
     medians = [float(np.median(y[g])) for g in groups if len(g)]
     axis.plot(
-        centres, medians, color=look.color, lw=0 if by_label else 1.4, ls=look.line, gid="median",
-        marker="_" if by_label else "", ms=9, mew=1.6,
-    )  # fmt: skip
+        centres,
+        medians,
+        color=look.color,
+        lw=0 if by_label else 1.4,
+        ls=look.line,
+        gid="median",
+        marker="_" if by_label else "",
+        ms=9,
+        mew=1.6,
+    )
 
 
 @artefact(
@@ -140,10 +165,13 @@ def residuals_abs_error(study: StudyData) -> Plot:
     return residual_figure(study, "abs_error")
 
 
-def predict_held_out(study: StudyData, law: LawFit, metric: str) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+def predict_held_out(
+    study: StudyData, law: LawFit, metric: str
+) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
     """Held-out runs of a law's ansatz with prediction and 90 % interval: (runs, predicted, low, high).
 
-    The interval joins parameter draws with resampled residuals (fixed seed). Runs of a molecule without an intercept
+    The interval joins parameter draws with resampled residuals (fixed seed). Runs of a molecule without an
+    intercept
     are predicted at the mean level.
     """
     rows = drawable(study.done.only(ansatz=law.ansatz, variant=study.main_variant), metric)
@@ -154,10 +182,12 @@ def predict_held_out(study: StudyData, law: LawFit, metric: str) -> tuple[Any, n
         nothing = np.full(len(rows), math.nan)
         return rows, predicted, nothing, nothing
     rng = np.random.default_rng(0)
-    curves = np.stack([
-        draw * rng.choice(np.exp(law.residuals["residual"]), size=len(rows)) * shift
-        for draw in law.draw_values(rows["n_total"], rows["d_prime"])
-    ])  # fmt: skip
+    curves = np.stack(
+        [
+            draw * rng.choice(np.exp(law.residuals["residual"]), size=len(rows)) * shift
+            for draw in law.draw_values(rows["n_total"], rows["d_prime"])
+        ]
+    )
     low, high = np.nanpercentile(curves, [5, 95], axis=0)
     return rows, predicted, low, high
 
@@ -200,9 +230,16 @@ def held_out(study: StudyData) -> Plot:
             if np.isfinite(low).any():
                 axis.vlines(observed, low, high, color=look.color, lw=0.7, alpha=0.4, gid="interval")
             axis.plot(
-                observed, predicted, ls="none", marker=look.marker, mfc=style.PAPER, mec=look.color, mew=0.8, ms=3.6,
+                observed,
+                predicted,
+                ls="none",
+                marker=look.marker,
+                mfc=style.PAPER,
+                mec=look.color,
+                mew=0.8,
+                ms=3.6,
                 gid=f"held-out:{law.ansatz}",
-            )  # fmt: skip
+            )
             for i in range(len(runs)):
                 inside = bool(low[i] <= observed[i] <= high[i]) if math.isfinite(low[i]) else None
                 if inside is not None:
@@ -235,11 +272,18 @@ def held_out(study: StudyData) -> Plot:
         raise MissingData("no held-out run has finished")
     style.legend_below(figure, style.ansatz_handles(kinds, line=False))
     unknown = sum(row["level_known"] is False for row in rows)
-    share = "; ".join(f"{style.METRIC_NAME[m]}: {inside} of {total}" for m, (inside, total) in covered.items())
+    share = "; ".join(
+        f"{style.METRIC_NAME[m]}: {inside} of {total}" for m, (inside, total) in covered.items()
+    )
     caption = (
-        f"{len(rows)} held-out observations against the law's prediction with 90 % prediction intervals (parameter draws "
+        f"{len(rows)} held-out observations against the law's prediction with 90 % prediction intervals "
+        f"(parameter draws "
         f"and resampled residuals). Inside the interval: {share or 'no intervals'}."
-        + (f" {unknown} belong to a molecule that the fit never saw and are predicted at the mean level." if unknown else "")
+        + (
+            f" {unknown} belong to a molecule that the fit never saw and are predicted at the mean level."
+            if unknown
+            else ""
+        )
     )
     alt = "Predicted against observed values of held-out runs on log axes with the line of equality."
     return Plot(figure, Table(tuple(Column(c, c) for c in rows[0]), tuple(rows)), caption, alt, tuple(notes))
@@ -258,10 +302,16 @@ def hold_out_scores(study: StudyData) -> Sheet:
     return _from_fit(
         study,
         "hold_out",
-        (("name", "hold-out"), ("n", "n"), ("median_abs_log_error", "median |ln error|"), ("crps", "CRPS"),
-         ("coverage_90", "coverage of 90 %"), ("width_90", "width (ln)")),
+        (
+            ("name", "hold-out"),
+            ("n", "n"),
+            ("median_abs_log_error", "median |ln error|"),
+            ("crps", "CRPS"),
+            ("coverage_90", "coverage of 90 %"),
+            ("width_90", "width (ln)"),
+        ),
         "Scores of predictions for runs that the fit refused to read, from the fit file.",
-    )  # fmt: skip
+    )
 
 
 @artefact(
@@ -274,7 +324,12 @@ def hold_out_scores(study: StudyData) -> Sheet:
 )
 def selection(study: StudyData) -> Sheet:
     """Every candidate law with its information criteria and predictive scores, as the fit computed them."""
-    return _from_fit(study, "selection", (), "Candidate laws, from the fit file: predictive scores decide, AICc breaks ties.")
+    return _from_fit(
+        study,
+        "selection",
+        (),
+        "Candidate laws, from the fit file: predictive scores decide, AICc breaks ties.",
+    )
 
 
 def _from_fit(study: StudyData, section: str, wanted: Sequence[tuple[str, str]], caption: str) -> Sheet:
@@ -347,7 +402,15 @@ def sensitivity(study: StudyData) -> Plot:
                 low, high = interval if interval and None not in interval else (math.nan, math.nan)
                 if math.isfinite(low):
                     axis.plot([low, high], [y, y], color=look.color, lw=1.2, gid="interval")
-                axis.plot([value], [y], marker=look.marker, color=look.color, ms=3.6, ls="none", gid=f"{name}:{kind}")
+                axis.plot(
+                    [value],
+                    [y],
+                    marker=look.marker,
+                    color=look.color,
+                    ms=3.6,
+                    ls="none",
+                    gid=f"{name}:{kind}",
+                )
                 rows.append(
                     {
                         "metric": metric,
@@ -369,7 +432,8 @@ def sensitivity(study: StudyData) -> Plot:
                 axes[i, j].set_xlabel(f"{label} (dimensionless)")
     style.legend_below(figure, style.ansatz_handles(kinds, line=False))
     caption = (
-        "The exponents refitted under every listed choice; a row far from the first is a conclusion that depends on it. "
+        "The exponents refitted under every listed choice; a row far from the first is a conclusion that "
+        "depends on it. "
         "Lines: 95 % intervals where the fit computed them."
     )
     alt = "Forest plot of the two exponents under the choices of the fit."
@@ -398,7 +462,14 @@ def interval_kinds(study: StudyData) -> Plot:
     for y, law in enumerate(laws):
         look = style.ansatz_style(law.ansatz, kinds)
         for j, name in enumerate(("a1", "a2")):
-            axes[j].plot([law.estimates.get(name, math.nan)], [y], marker=look.marker, color=look.color, ms=4, ls="none")
+            axes[j].plot(
+                [law.estimates.get(name, math.nan)],
+                [y],
+                marker=look.marker,
+                color=look.color,
+                ms=4,
+                ls="none",
+            )
             for k, (how, line) in enumerate(lines.items()):
                 interval = (law.record["intervals_by_kind"].get(how) or {}).get(name)
                 if not interval or None in interval:
@@ -411,14 +482,17 @@ def interval_kinds(study: StudyData) -> Plot:
                         "ansatz": law.ansatz,
                         "parameter": name,
                         "interval": how,
-                        "value": Quantity(law.estimates.get(name, math.nan), float(interval[0]), float(interval[1])),
+                        "value": Quantity(
+                            law.estimates.get(name, math.nan), float(interval[0]), float(interval[1])
+                        ),
                         "point_ids": " ".join(study.ids_of(law)),
                     }
                 )
     if not rows:
         raise MissingData("no kind of interval is identified for any exponent")
     axes[0].set_yticks(
-        range(len(laws)), [f"{style.ansatz_style(w.ansatz, kinds).label}, {style.METRIC_NAME[w.metric]}" for w in laws]
+        range(len(laws)),
+        [f"{style.ansatz_style(w.ansatz, kinds).label}, {style.METRIC_NAME[w.metric]}" for w in laws],
     )
     axes[0].set_ylim(len(laws) - 0.4, -0.6)
     for axis, label in zip(axes, ("α$_1$ (dimensionless)", "α$_2$ (dimensionless)"), strict=True):
@@ -453,7 +527,8 @@ def _quiet(study: StudyData, metric: str) -> list[LawFit]:
     needs=("fit",),
 )
 def profiles(study: StudyData) -> Plot:
-    """The fit's profile curves: rise of the objective against each exponent; where none is stored, missing."""
+    """The fit's profile curves: rise of the objective against each exponent; where none is stored,
+    missing."""
     study.need_fits()
     laws = [law for metric in METRICS for law in _quiet(study, metric) if law.record.get("profiles")]
     if not laws:
@@ -471,7 +546,9 @@ def profiles(study: StudyData) -> Plot:
                 continue
             axis = axes[metrics.index(law.metric), j]
             x, rise = np.asarray(curve["x"], float), np.asarray(curve["objective"], float)
-            axis.plot(x, rise - np.nanmin(rise), color=look.color, ls=look.line, gid=f"profile:{law.ansatz}:{name}")
+            axis.plot(
+                x, rise - np.nanmin(rise), color=look.color, ls=look.line, gid=f"profile:{law.ansatz}:{name}"
+            )
             rows += [
                 {
                     "metric": law.metric,
@@ -494,6 +571,9 @@ def profiles(study: StudyData) -> Plot:
     for handle in handles:
         handle.set_marker("")
     style.legend_below(figure, handles)
-    caption = "Rise of the objective above its minimum when one exponent is held and the rest refitted, from the fit file."
+    caption = (
+        "Rise of the objective above its minimum when one exponent is held and the rest refitted, "
+        "from the fit file."
+    )
     alt = "Profile curves of both exponents per ansatz and metric."
     return Plot(figure, Table(tuple(Column(c, c) for c in rows[0]), tuple(rows)), caption, alt)

@@ -29,7 +29,8 @@ _RESAMPLES = 2000
     needs=("fit",),
 )
 def elasticities(study: StudyData) -> Plot:
-    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, joint (large) and per molecule (small)."""
+    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, joint (large) and per molecule
+    (small)."""
     fits = study.need_fits()
     metrics = [m for m in METRICS if any(law.metric == m and law.law == ADDITIVE for law in fits.laws)]
     kinds = list(dict.fromkeys(law.ansatz for law in fits.laws if law.law == ADDITIVE))
@@ -55,20 +56,46 @@ def elasticities(study: StudyData) -> Plot:
         figure,
         [
             Line2D([], [], color=style.SOFT, marker="o", lw=1.6, label="per e-fold of N"),
-            Line2D([], [], color=style.SOFT, marker="D", mfc=style.PAPER, lw=1.6, ls=":", label="per e-fold of D′"),
-            Line2D([], [], color=style.SOFT, marker="o", ms=2.6, ls="none", alpha=0.5, label="single molecules"),
+            Line2D(
+                [],
+                [],
+                color=style.SOFT,
+                marker="D",
+                mfc=style.PAPER,
+                lw=1.6,
+                ls=":",
+                label="per e-fold of D′",
+            ),
+            Line2D(
+                [], [], color=style.SOFT, marker="o", ms=2.6, ls="none", alpha=0.5, label="single molecules"
+            ),
         ],
     )
     joint = [row for row in rows if row["scope"] == "joint"]
     counts = dict.fromkeys(f"{row['ansatz']} {row['n_runs']}" for row in joint)
     caption = (
-        "Elasticities of the fitted law at the geometric means of N and D′ of the fitted runs. Large: joint law with "
-        f"95 % bootstrap interval (runs: {', '.join(counts) or 'no joint law'}); small: single molecules. Right of "
+        "Elasticities of the fitted law at the geometric means of N and D′ of the fitted runs. Large: "
+        "joint law with "
+        f"95 % bootstrap interval (runs: {', '.join(counts) or 'no joint law'}); small: single molecules. "
+        f"Right of "
         "zero: the metric falls."
     )
-    alt = f"Elasticities of {', '.join(metrics)} with respect to N and D prime for {', '.join(kinds)}, with intervals."
+    alt = (
+        f"Elasticities of {', '.join(metrics)} with respect to N and D prime for {', '.join(kinds)}, "
+        f"with intervals."
+    )
     notes = [] if joint else ["no joint law: single molecules only"]
-    columns = ("ansatz", "metric", "scope", "variable", "elasticity", "at_n", "at_d_prime", "n_runs", "point_ids")
+    columns = (
+        "ansatz",
+        "metric",
+        "scope",
+        "variable",
+        "elasticity",
+        "at_n",
+        "at_d_prime",
+        "n_runs",
+        "point_ids",
+    )
     return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
 
 
@@ -83,7 +110,9 @@ def _draw_effects(
         marker, face, line = ("o", look.color, "-") if variable == "N" else ("D", style.PAPER, ":")
         y = k + offset
         if joint and math.isfinite(value.low):
-            axis.plot([value.low, value.high], [y, y], color=look.color, lw=1.8, ls=line, zorder=3, gid="interval")
+            axis.plot(
+                [value.low, value.high], [y, y], color=look.color, lw=1.8, ls=line, zorder=3, gid="interval"
+            )
         axis.plot(
             [value.value],
             [y + (0.0 if joint else 0.1)],
@@ -114,7 +143,8 @@ def _draw_effects(
 
 @dataclass(frozen=True)
 class Paired:
-    """A variant against the main one on the same cells: geometric mean ratio and shift of the elasticities."""
+    """A variant against the main one on the same cells: geometric mean ratio and shift of the
+    elasticities."""
 
     variant: str
     metric: str
@@ -128,9 +158,12 @@ class Paired:
 def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
     """Compare a variant with the main one, run by run on equal (molecule, ansatz, size, steps, seed).
 
-    Ratio: exp(mean ln(variant/main)). Shifts: slopes of ln(variant/main) on ln N and ln D' (of the main run), with an
-    intercept per molecule and ansatz: how much less the metric falls per e-fold in the variant. Intervals: 95 %
-    percentile bootstrap over (molecule, ansatz, size) clusters, 2000 resamples, fixed seed. Raises MissingData
+    Ratio: exp(mean ln(variant/main)). Shifts: slopes of ln(variant/main) on ln N and ln D' (of the main
+    run), with an
+    intercept per molecule and ansatz: how much less the metric falls per e-fold in the variant. Intervals:
+    95 %
+    percentile bootstrap over (molecule, ansatz, size) clusters, 2000 resamples, fixed seed. Raises
+    MissingData
     below 4 clusters.
     """
     main = drawable(study.headline, metric)
@@ -138,7 +171,9 @@ def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
     keys = ("molecule", "ansatz", "size", "steps", "seed")
     index = {key: i for i, key in enumerate(zip(*(main[k].tolist() for k in keys), strict=True))}
     pairs = [
-        (index[key], j) for j, key in enumerate(zip(*(other[k].tolist() for k in keys), strict=True)) if key in index
+        (index[key], j)
+        for j, key in enumerate(zip(*(other[k].tolist() for k in keys), strict=True))
+        if key in index
     ]
     if not pairs:
         raise MissingData(f"variant {variant} shares no finished run with {study.main_variant}")
@@ -147,8 +182,13 @@ def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
     change = np.log(other[metric][right][order]) - np.log(left[metric])
     clusters = _codes(left, ("molecule", "ansatz", "size"))
     if clusters.max() + 1 < 4:
-        raise MissingData(f"variant {variant}: {clusters.max() + 1} cells shared with {study.main_variant}, 4 needed")
-    design = _within(np.column_stack([np.log(left["n_total"]), np.log(left["d_prime"])]), _codes(left, ("molecule", "ansatz")))
+        raise MissingData(
+            f"variant {variant}: {clusters.max() + 1} cells shared with {study.main_variant}, 4 needed"
+        )
+    design = _within(
+        np.column_stack([np.log(left["n_total"]), np.log(left["d_prime"])]),
+        _codes(left, ("molecule", "ansatz")),
+    )
     target = _within(change[:, None], _codes(left, ("molecule", "ansatz")))[:, 0]
     rng = np.random.default_rng(0)
     count = int(clusters.max()) + 1
@@ -164,7 +204,7 @@ def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
         summary(-slopes[:, 0]),
         summary(-slopes[:, 1]),
         len(pairs),
-        tuple([*left.ids, *(str(i) for i in other["point_id"][right][order])]),
+        (*left.ids, *(str(i) for i in other["point_id"][right][order])),
     )
 
 
@@ -222,12 +262,14 @@ def changes(study: StudyData, variant: str) -> dict[str, Any]:
 @artefact(
     "variant_effects",
     title="What the variants change",
-    question="Do the ablations (local energy, sampling, phase network, ...) change the error, or how it scales?",
+    question="Do the ablations (local energy, sampling, phase network, ...) change the error, or how it "
+    "scales?",
     section="effects",
     kind="table",
 )
 def variant_effects(study: StudyData) -> Sheet:
-    """Every variant against the main one: ratio of the metric on the same cells and shift of both elasticities."""
+    """Every variant against the main one: ratio of the metric on the same cells and shift of both
+    elasticities."""
     others = [name for name in study.variants if name != study.main_variant]
     if not others:
         raise MissingData("the study has one variant: nothing to compare")
@@ -266,8 +308,10 @@ def variant_effects(study: StudyData) -> Sheet:
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        f"Each variant against {study.main_variant} on the same molecule, ansatz, size, T and seed. Ratio: geometric mean of "
-        "variant over main (above 1: worse). Shift: how much faster (positive) or slower (negative) the metric falls per "
+        f"Each variant against {study.main_variant} on the same molecule, ansatz, size, T and seed. "
+        f"Ratio: geometric mean of "
+        "variant over main (above 1: worse). Shift: how much faster (positive) or slower (negative) the "
+        "metric falls per "
         "e-fold of N or D′. Brackets: 95 % bootstrap over (molecule, ansatz, size) cells."
     )
     return Sheet(Table(columns, tuple(rows)), caption, tuple(dict.fromkeys(notes)))

@@ -1,6 +1,7 @@
 """Fitted laws as the figures see them: L(N, D') = e^{s_mol} (A0 + A1 N^-a1 + A2 D'^-a2) with bootstrap draws.
 
-The files are those of `python -m replicate fit`: fit.json (estimates, intervals, certificates) and, beside it, fit.nc
+The files are those of `python -m replicate fit`: fit.json (estimates, intervals, certificates) and, beside
+it, fit.nc
 (draws and residuals; without it curves have no bands).
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from figures.registry import MissingData, Quantity
+from figures.registry import Quantity
 
 LEVEL = 0.95  # of every interval drawn or tabulated
 ALL = "all"  # scope of a joint fit
@@ -29,7 +30,8 @@ _TERMS = (("A1", "a1"), ("A2", "a2"))
 class LawFit:
     """One fitted law. `draws[name]` is float64 (B,), raw units, NaN exponents where the amplitude is 0.
 
-    `record` is its object in fit.json; `residuals` maps column names to arrays (points,): the point labels, N, D',
+    `record` is its object in fit.json; `residuals` maps column names to arrays (points,): the point
+    labels, N, D',
     `observed`, `fitted` and `residual` = ln(observed/fitted).
     """
 
@@ -90,7 +92,9 @@ class LawFit:
     def draw_values(self, n: Any, d: Any) -> np.ndarray:
         """The collapsed law of every draw at the points (n, d): (B, points)."""
         columns = {name: self.draws[name][:, None] for name in PARAMETERS if name in self.draws}
-        floor, size, time = _terms(columns, np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float)))
+        floor, size, time = _terms(
+            columns, np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float))
+        )
         return np.asarray(floor + size + time)
 
     def band(self, n: Any, d: Any, molecule: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
@@ -114,7 +118,8 @@ class LawFit:
         }
 
     def elasticities(self, n: float, d: float) -> tuple[np.ndarray, np.ndarray]:
-        """(-dlnL/dlnN, -dlnL/dlnD') at (n, d), each (1 + B,): the estimate first. A term with amplitude 0 gives 0."""
+        """(-dlnL/dlnN, -dlnL/dlnD') at (n, d), each (1 + B,): the estimate first. A term with amplitude 0
+        gives 0."""
         columns = self.stacked()
         floor, size, time = _terms(columns, n, d)
         total = floor + size + time
@@ -145,6 +150,7 @@ def _terms(p: Mapping[str, Any], n: Any, d: Any) -> tuple[Any, Any, Any]:
 
 
 def tails(level: float = LEVEL) -> list[float]:
+    """Percentiles of the central interval."""
     return [50 * (1 - level), 50 * (1 + level)]
 
 
@@ -204,7 +210,8 @@ class Fits:
 
 
 def load_fits(path: Path, error: type[Exception]) -> Fits:
-    """Read fit.json (or fit.nc: its neighbour is taken) and the draws beside it. Raises `error` with one line."""
+    """Read fit.json (or fit.nc: its neighbour is taken) and the draws beside it. Raises `error` with one
+    line."""
     path = path.with_suffix(".json") if path.suffix == ".nc" else path
     if not path.is_file():
         raise error(f"{path}: no such file (make it with: python -m replicate fit CUBE)")
@@ -244,13 +251,14 @@ def _draws(
     for node in tree.subtree:
         if "draws" not in node.data_vars:
             continue
-        names = [str(name) for name in node["parameter"].values]
-        values = node["draws"].transpose("replicate", "parameter").values
+        group = node.to_dataset()
+        names = [str(name) for name in group["parameter"].values]
+        values = group["draws"].transpose("replicate", "parameter").values
         columns = {name: values[:, i] for i, name in enumerate(names)}
         points = {
-            str(name): node[name].values
-            for name in (*node.data_vars, *node.coords)
-            if node[name].dims == ("point",) and name != "point"
+            str(name): variable.values
+            for name, variable in group.variables.items()
+            if variable.dims == ("point",) and name != "point"
         }
         found[node.path.strip("/")] = (columns, points)
     return found

@@ -1,6 +1,7 @@
 """What a figure or a table is, and the list of all of them.
 
-A builder is a pure function `build(study: StudyData) -> Plot | Sheet`: no file access, no global state. The decorator
+A builder is a pure function `build(study: StudyData) -> Plot | Sheet`: no file access, no global state.
+The decorator
 `@artefact` files it under the question that it answers; `render` writes it, `report` puts it on the page.
 """
 
@@ -30,7 +31,8 @@ SECTIONS: tuple[tuple[str, str], ...] = (
 
 
 class MissingData(Exception):
-    """The data hold too little for this figure or table; the message says what is missing, in one sentence."""
+    """The data hold too little for this figure or table; the message says what is missing, in one
+    sentence."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,20 @@ class Quantity:
             return "–"
         if math.isnan(self.low) and math.isnan(self.high):
             return number(self.value)
-        low, high, digits = self.low, self.high, 3
-        while digits < 6 and math.isfinite(low) and math.isfinite(high) and low != high:
-            if number(low, digits) != number(high, digits):
-                break
-            digits += 1
-        return f"{number(self.value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+        digits = 3
+        if all(math.isfinite(end) for end in (self.low, self.high)) and self.low != self.high:
+            # Enough digits to tell the ends apart, within reason.
+            while digits < 5 and number(self.low, digits) == number(self.high, digits):
+                digits += 1
+        return f"{number(self.value, digits)} [{number(self.low, digits)}, {number(self.high, digits)}]"
 
 
 Cell = str | int | float | bool | Quantity | None
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, plain between 1e-3 and 1e5, else scientific; true minus sign."""
+    """`value` with `digits` significant digits, plain between 1e-3 and 1e5, else scientific; true minus
+    sign."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -90,7 +93,8 @@ def plain(cell: Cell, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `key` names it in the CSV file, `label` heads it for readers; `digits` significant digits shown."""
+    """One column: `key` names it in the CSV file, `label` heads it for readers; `digits` significant
+    digits shown."""
 
     key: str
     label: str
@@ -100,7 +104,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells by column key. In CSV a `Quantity` spreads over `key`, `key_low`, `key_high` at full precision."""
+    """Rows of cells by column key. In CSV a `Quantity` spreads over `key`, `key_low`, `key_high` at full
+    precision."""
 
     columns: tuple[Column, ...]
     rows: tuple[Mapping[str, Cell], ...]
@@ -161,13 +166,20 @@ def _raw(cell: Any) -> str:
     return str(cell)
 
 
+def numbers(rows: Sequence[Mapping[str, Cell]], key: str) -> list[float]:
+    """The finite numbers of one column, as floats."""
+    cells = [row.get(key) for row in rows]
+    return [float(c) for c in cells if isinstance(c, (int, float)) and math.isfinite(c)]
+
+
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure. `table` holds every drawn mark with its point ids; `caption` describes it; `alt` is for readers
+    """A drawn figure. `table` holds every drawn mark with its point ids; `caption` describes it; `alt` is
+    for readers
     who do not see it; `notes` say what could not be drawn and why."""
 
     figure: Figure
@@ -191,7 +203,8 @@ Builder = Callable[["StudyData"], "Plot | Sheet"]
 
 @dataclass(frozen=True)
 class Artefact:
-    """A registered figure or table. `needs`: the parts of the data it reads ("final", "history", "molecule", "fit")."""
+    """A registered figure or table. `needs`: the parts of the data it reads ("final", "history",
+    "molecule", "fit")."""
 
     name: str
     title: str

@@ -30,7 +30,8 @@ def drawable(rows: Points, metric: str) -> Points:
 
 
 def held_levels(rows: Points, x: str) -> list[object]:
-    """Values of the held variable drawn for one ansatz: lowest, middle, highest T, or sizes ranked by mean N."""
+    """Values of the held variable drawn for one ansatz: lowest, middle, highest T, or sizes ranked by mean
+    N."""
     if x == "n_total":
         values: list[object] = list(rows.unique("steps"))
     else:
@@ -88,7 +89,8 @@ def _markers(
 
 
 def _along(part: Points, x: str, at: np.ndarray) -> np.ndarray:
-    """The other variable along the drawn one: log-interpolated geometric means of the runs (S_F varies with N)."""
+    """The other variable along the drawn one: log-interpolated geometric means of the runs (S_F varies
+    with N)."""
     groups: dict[object, list[int]] = {}
     for i, key in enumerate(part["size" if x == "n_total" else "steps"].tolist()):
         groups.setdefault(key, []).append(i)
@@ -193,9 +195,12 @@ def collapse(
 ) -> tuple[Points, np.ndarray, LawFit | None, float]:
     """Runs of one ansatz with the molecule's level removed: (runs, y, law, held value of the other variable).
 
-    With a joint law: y = observed/fitted times the law at (x, reference), so each run keeps its residual while its
-    molecule's intercept and its own value of the other variable are replaced by the reference (geometric mean).
-    Without: runs at the largest T (or size), divided by exp(mean ln of the molecule - mean ln of all) over the cells
+    With a joint law: y = observed/fitted times the law at (x, reference), so each run keeps its residual
+    while its
+    molecule's intercept and its own value of the other variable are replaced by the reference (geometric
+    mean).
+    Without: runs at the largest T (or size), divided by exp(mean ln of the molecule - mean ln of all) over
+    the cells
     that every molecule has.
     """
     rows = drawable(study.headline.only(ansatz=kind), metric)
@@ -295,14 +300,17 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
         else "Lines join geometric means over seeds (no fit)."
     )
     gather = (
-        " Collapsed panel: every run keeps its residual from the joint law; its molecule's intercept is removed and "
-        f"the other variable is set to its geometric mean."
+        " Collapsed panel: every run keeps its residual from the joint law; its molecule's intercept is "
+        "removed and "
+        "the other variable is set to its geometric mean."
         if study.fits is not None and collapsed
         else (" Collapsed panel: each molecule's mean log level is removed." if collapsed else "")
     )
     caption = (
-        f"{style.METRIC_NAME[metric].capitalize()} against {'model size' if x == 'n_total' else 'training time'} at "
-        f"fixed {fixed} (up to {_LEVELS} values of {fixed} per ansatz; the largest is drawn strongest). One marker per "
+        f"{style.METRIC_NAME[metric].capitalize()} against "
+        f"{'model size' if x == 'n_total' else 'training time'} at "
+        f"fixed {fixed} (up to {_LEVELS} values of {fixed} per ansatz; the largest is drawn strongest). "
+        f"One marker per "
         f"run, {study.exclusions()}. {how}{gather}"
     )
     if any(row["drawn_as"] == "held out" for row in drawn):

@@ -27,7 +27,8 @@ def certificate_phrase(law: LawFit) -> str:
 @artefact(
     "coefficients",
     title="Coefficients of the fitted law",
-    question="What are the coefficients of L = A₀ + A₁ N^−α₁ + A₂ D′^−α₂ in this replication (counterpart of Table 3)?",
+    question="What are the coefficients of L = A₀ + A₁ N^−α₁ + A₂ D′^−α₂ in this replication (counterpart "
+    "of Table 3)?",
     section="law",
     kind="table",
     needs=("fit",),
@@ -77,9 +78,12 @@ def coefficients(study: StudyData) -> Sheet:
     excluded = (fits.record.get("table") or {}).get("excluded") or {}
     gone = ", ".join(f"{count} {reason}" for reason, count in excluded.items() if count) or "none"
     caption = (
-        "This replication's coefficients, raw units (V-score dimensionless, error in hartree, N in parameters, D′ in "
-        "steps), with 95 % intervals in brackets (run-clustered bootstrap; one-sided where a term is at its bound). "
-        f"Runs excluded from the fits: {gone}. These are not the paper's Table 3 values, which are not available here."
+        "This replication's coefficients, raw units (V-score dimensionless, error in hartree, N in "
+        "parameters, D′ in "
+        "steps), with 95 % intervals in brackets (run-clustered bootstrap; one-sided where a term is at "
+        "its bound). "
+        f"Runs excluded from the fits: {gone}. These are not the paper's Table 3 values, which are not "
+        f"available here."
     )
     return Sheet(Table(columns, tuple(rows)), caption, tuple(notes))
 
@@ -87,12 +91,14 @@ def coefficients(study: StudyData) -> Sheet:
 @artefact(
     "flops",
     title="Compute per run, estimated beside executed",
-    question="How much compute does a run take by the study's accounting, and how much was really executed (counterpart of Table 1)?",
+    question="How much compute does a run take by the study's accounting, and how much was really "
+    "executed (counterpart of Table 1)?",
     section="cost",
     kind="table",
 )
 def flops(study: StudyData) -> Sheet:
-    """Per molecule and ansatz: FLOPs per step estimated and executed, their ratio, seconds per step, FLOP/s."""
+    """Per molecule and ansatz: FLOPs per step estimated and executed, their ratio, seconds per step,
+    FLOP/s."""
     points = study.need_headline()
     rows: list[dict[str, Cell]] = []
     for (molecule, kind), part in points.groups("molecule", "ansatz"):
@@ -137,8 +143,10 @@ def flops(study: StudyData) -> Sheet:
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        "Geometric means over the runs of each molecule and ansatz. Estimated: the study's accounting, B·[S + (M+3)(F+φ)] "
-        "without reuse. Executed: counted on what ran. Seconds are wall time per optimisation step on the machine in the "
+        "Geometric means over the runs of each molecule and ansatz. Estimated: the study's accounting, "
+        "B·[S + (M+3)(F+φ)] "
+        "without reuse. Executed: counted on what ran. Seconds are wall time per optimisation step on the "
+        "machine in the "
         f"provenance. {study.exclusions()}."
     )
     return Sheet(Table(columns, tuple(rows)), caption)
@@ -195,7 +203,10 @@ def molecules(study: StudyData) -> Sheet:
         Column("invalid", "invalid"),
         Column("point_ids", "point ids", csv_only=True),
     )
-    caption = "Problems of the study: STO-3G, all electrons, Jordan–Wigner. |S| counts determinants with the right (α, β)."
+    caption = (
+        "Problems of the study: STO-3G, all electrons, Jordan–Wigner. |S| counts determinants with "
+        "the right (α, β)."
+    )
     return Sheet(Table(columns, tuple(rows)), caption)
 
 

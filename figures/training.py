@@ -12,13 +12,14 @@ from matplotlib.patches import Patch
 
 from figures import style
 from figures.data import Points, StudyData
-from figures.registry import Cell, Column, MissingData, Plot, Table, artefact
+from figures.registry import Cell, Column, MissingData, Plot, Table, artefact, numbers
 
 _REFERENCES = (("e_hf", "HF", (0, (1, 1))), ("e_ccsd", "CCSD", (0, (3, 1.5))), ("e_ccsd_t", "CCSD(T)", "-."))
 
 
 def showcase(study: StudyData) -> Points:
-    """The runs whose training is shown: per molecule and ansatz the largest T, then the largest size, all seeds."""
+    """The runs whose training is shown: per molecule and ansatz the largest T, then the largest size, all
+    seeds."""
     keep = np.zeros(len(study.headline), bool)
     points = study.headline
     for molecule in points.unique("molecule"):
@@ -66,7 +67,8 @@ def _reference_handles(names: Sequence[str]) -> list[Line2D | Patch]:
     needs=("history", "molecule"),
 )
 def training_curves(study: StudyData) -> Plot:
-    """E - E_FCI along training for the longest run of the largest size, per molecule and ansatz, every seed a line."""
+    """E - E_FCI along training for the longest run of the largest size, per molecule and ansatz, every
+    seed a line."""
     points = _need_history(study)
     kinds = points.unique("ansatz")
     with_fci = [
@@ -116,11 +118,9 @@ def training_curves(study: StudyData) -> Plot:
                 for step, energy, delta in zip(history["step"], history["energy"], gap, strict=True)
             ]
         axis.set_title(f"{style.formula(molecule)}  ({len(part)} runs)", fontweight="normal")
-        steps = [
-            float(r["step"]) for r in rows if r["molecule"] == molecule and isinstance(r["step"], int)
-        ]
+        steps = numbers([r for r in rows if r["molecule"] == molecule], "step")
         style.log_axis(axis, "x", steps, max_ticks=4)
-    positive = [float(row["energy_minus_fci"]) for row in rows if _positive(row["energy_minus_fci"])]
+    positive = [gap for gap in numbers(rows, "energy_minus_fci") if gap > 0]
     style.log_axis(axes[0], "y", [*positive, style.CHEMICAL_ACCURACY], pad=1.5)
     for axis in axes[: len(with_fci)]:
         axis.axhspan(
@@ -149,16 +149,14 @@ def training_curves(study: StudyData) -> Plot:
         "point_id",
     )
     caption = (
-        "Energy above FCI during training (Monte-Carlo estimates of each recorded step) for the longest run of the "
-        f"largest size of each ansatz; every seed is a line ({len(points)} runs; first seed strongest). Horizontal lines: "
+        "Energy above FCI during training (Monte-Carlo estimates of each recorded step) for the longest "
+        "run of the "
+        f"largest size of each ansatz; every seed is a line ({len(points)} runs; first seed strongest). "
+        f"Horizontal lines: "
         "distance of reference methods from FCI. Shaded: chemical accuracy (1.6 mHa)."
     )
     alt = f"Log-log training curves per molecule ({', '.join(with_fci)}) for {', '.join(kinds)}."
     return Plot(figure, _table(columns, rows), caption, alt, tuple(notes))
-
-
-def _positive(value: Cell) -> bool:
-    return isinstance(value, float) and value > 0 and math.isfinite(value)
 
 
 def _table(columns: Sequence[str], rows: Sequence[dict[str, Cell]]) -> Table:
@@ -226,9 +224,9 @@ def schedules(study: StudyData) -> Plot:
         ]
     for axis, name, label in zip(axes.flat, names, labels, strict=True):
         axis.set_ylabel(label)
-        values = [row[name] for row in rows]
-        if any(_positive(v) for v in values):
-            style.log_axis(axis, "y", [v for v in values if _positive(v)])
+        values = [value for value in numbers(rows, name) if value > 0]
+        if values:
+            style.log_axis(axis, "y", values)
         axis.set_xlim(0, 1.02)
         style.plain_axis(axis, "x")
     for axis in axes[1]:
@@ -241,10 +239,15 @@ def schedules(study: StudyData) -> Plot:
     style.legend_below(figure, handles)
     columns = ("molecule", "ansatz", "steps", "step", "fraction_done", *names, "point_id")
     caption = (
-        "Learning rate, sample count, distinct samples and S_F (distinct samples over sector size) along training, for "
-        f"the longest run of the largest size, first seed ({len(first)} runs: one line per molecule and ansatz)."
+        "Learning rate, sample count, distinct samples and S_F (distinct samples over sector size) along "
+        "training, for "
+        f"the longest run of the largest size, first seed ({len(first)} runs: one line per molecule and "
+        f"ansatz)."
     )
-    alt = "Four panels along training: learning rate, samples per step, unique samples, fraction of the sector sampled."
+    alt = (
+        "Four panels along training: learning rate, samples per step, unique samples, fraction of the "
+        "sector sampled."
+    )
     return Plot(figure, _table(columns, rows), caption, alt)
 
 
@@ -257,7 +260,8 @@ def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecule
     """Write each molecule's name at the right end of its lines, spread apart in log space."""
     ends = []
     for molecule in molecules:
-        values = [float(row[name]) for row in rows if row["molecule"] == molecule and _positive(row[name])]
+        own = [row for row in rows if row["molecule"] == molecule]
+        values = [value for value in numbers(own, name) if value > 0]
         if values:
             ends.append((math.log10(float(np.median(values[-3:]))), molecule))
     if not ends:
@@ -273,9 +277,16 @@ def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecule
         at = [value - overflow for value in at]
     for y, (_, molecule) in zip(at, ends, strict=True):
         axis.annotate(
-            style.formula(molecule), (1.0, 10**y), xycoords=("axes fraction", "data"), xytext=(3, 0),
-            textcoords="offset points", fontsize=7, va="center", ha="left", annotation_clip=False,
-        )  # fmt: skip
+            style.formula(molecule),
+            (1.0, 10**y),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+            ha="left",
+            annotation_clip=False,
+        )
 
 
 @artefact(
@@ -287,7 +298,8 @@ def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecule
     needs=("final", "molecule"),
 )
 def energy_levels(study: StudyData) -> Plot:
-    """|E - E_FCI| of every finished headline run, by molecule and ansatz, beside the distances of HF, CCSD, CCSD(T)."""
+    """|E - E_FCI| of every finished headline run, by molecule and ansatz, beside the distances of HF,
+    CCSD, CCSD(T)."""
     points = study.need_headline()
     kinds = points.unique("ansatz")
     molecules = [
@@ -327,9 +339,17 @@ def energy_levels(study: StudyData) -> Plot:
             top = part["steps"] == longest
             for mask, alpha in ((~top, 0.35), (top, 1.0)):
                 axis.plot(
-                    x[mask], part["abs_error"][mask], ls="none", marker=look.marker, ms=3, color=look.color,
-                    alpha=alpha, mew=0, zorder=3, gid=f"final:{molecule}:{kind}",
-                )  # fmt: skip
+                    x[mask],
+                    part["abs_error"][mask],
+                    ls="none",
+                    marker=look.marker,
+                    ms=3,
+                    color=look.color,
+                    alpha=alpha,
+                    mew=0,
+                    zorder=3,
+                    gid=f"final:{molecule}:{kind}",
+                )
             rows += [
                 {
                     "molecule": molecule,
@@ -351,9 +371,7 @@ def energy_levels(study: StudyData) -> Plot:
     axis.grid(False, axis="x")
     axis.set_ylabel(style.METRIC_LABEL["abs_error"])
     gaps = [abs(study.molecules[m]["e_hf"] - study.molecules[m]["e_fci"]) for m in molecules]
-    style.log_axis(
-        axis, "y", [*(float(r["abs_error"]) for r in rows if _positive(r["abs_error"])), *gaps], pad=1.6
-    )
+    style.log_axis(axis, "y", [*numbers(rows, "abs_error"), *gaps], pad=1.6)
     axis.axhspan(axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0)
     style.legend_below(
         figure, [*style.ansatz_handles(kinds, line=False), *_reference_handles(sorted(names))], columns=4
@@ -361,9 +379,14 @@ def energy_levels(study: StudyData) -> Plot:
     accurate = sum(bool(row["chemically_accurate"]) for row in rows)
     columns = tuple(rows[0]) if rows else ("point_id",)
     caption = (
-        f"Distance of the final energy from FCI, one marker per run ({study.exclusions()}); strong markers: T = {longest}. "
-        f"Lines: distance of HF, CCSD and CCSD(T) from FCI. {accurate} of {len(rows)} runs are chemically accurate (shaded, "
+        f"Distance of the final energy from FCI, one marker per run ({study.exclusions()}); strong "
+        f"markers: T = {longest}. "
+        f"Lines: distance of HF, CCSD and CCSD(T) from FCI. {accurate} of {len(rows)} runs are chemically "
+        f"accurate (shaded, "
         "1.6 mHa)."
     )
-    alt = f"Final energy errors per molecule ({', '.join(molecules)}) and ansatz on a log axis with reference methods."
+    alt = (
+        f"Final energy errors per molecule ({', '.join(molecules)}) and ansatz on a log axis with "
+        f"reference methods."
+    )
     return Plot(figure, _table(columns, rows), caption, alt)

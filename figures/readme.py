@@ -1,0 +1,98 @@
+"""Rewrites the marked sections of a README from the data, so that no number in it is typed.
+
+A section is `<!-- figures:NAME -->` ... `<!-- /figures:NAME -->`; NAME is one of `SECTIONS`. Text outside
+the markers is
+left alone; a marker whose name is unknown or that is not closed is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from figures import style
+from figures.data import DataError, StudyData
+from figures.registry import Plot, Sheet, Table
+from figures.render import Product
+
+_MARK = re.compile(r"<!-- figures:(?P<name>[\w-]+) -->\n?(?P<body>.*?)<!-- /figures:(?P=name) -->", re.DOTALL)
+_OPEN = re.compile(r"<!-- figures:([\w-]+) -->")
+
+
+def rewrite(path: Path, study: StudyData, products: Sequence[Product], folder: Path) -> None:
+    """Fill every marked section of `path` (UTF-8); figures are linked relative to it. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    link = Path(os.path.relpath(folder.resolve(), path.resolve().parent)).as_posix()
+    filled = fill(text, sections(study, products, link), str(path))
+    if filled != text:
+        path.write_text(filled, encoding="utf-8", newline="\n")
+
+
+def fill(text: str, content: Mapping[str, str], source: str = "README") -> str:
+    """`text` with the body of every marked section replaced."""
+    unknown = [name for name in _OPEN.findall(text) if name not in content]
+    if unknown:
+        raise DataError(
+            f"{source}: unknown section figures:{unknown[0]}; one of {', '.join(sorted(content))}"
+        )
+    if len(_OPEN.findall(text)) != len(_MARK.findall(text)):
+        raise DataError(f"{source}: a figures: marker is not closed")
+    return _MARK.sub(
+        lambda m: (
+            f"<!-- figures:{m['name']} -->\n{content[m['name']].rstrip()}\n<!-- /figures:{m['name']} -->"
+        ),
+        text,
+    )
+
+
+def sections(study: StudyData, products: Sequence[Product], link: str) -> dict[str, str]:
+    """Markdown of every section, by name."""
+    built = {product.artefact.name: product for product in products}
+    makers: dict[str, Callable[[], str]] = {
+        "numbers": lambda: _numbers(study),
+        "first-figure": lambda: _figure(built, link, ("v_score_vs_n", "abs_error_vs_n", "training_curves")),
+        "verdicts": lambda: _table(built, "verdicts", ("statement", "verdict", "value", "statistic")),
+        "coefficients": lambda: _table(built, "coefficients"),
+        "flops": lambda: _table(built, "flops"),
+    }
+    return {name: make() for name, make in makers.items()}
+
+
+def _numbers(study: StudyData) -> str:
+    counts = study.counts()
+    done = study.done
+    phrase = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "done")
+    lines = [f"Study `{study.name}`: {phrase} runs."]
+    if len(done):
+        molecules, kinds = done.unique("molecule"), done.unique("ansatz")
+        labels = ", ".join(style.ansatz_style(kind, kinds).label for kind in kinds)
+        lines.append(
+            f"{len(molecules)} molecules ({', '.join(molecules)}), {len(kinds)} ansatze ({labels}), "
+            f"N from {done['n_total'].min()} to {done['n_total'].max()}, "
+            f"T from {done['steps'].min()} to {done['steps'].max()}, {len(done.unique('seed'))} seeds; "
+            f"{done['wall_seconds'].sum() / 60:.0f} minutes of training in all."
+        )
+    return "\n".join(lines)
+
+
+def _figure(built: Mapping[str, Product], link: str, names: Sequence[str]) -> str:
+    for name in names:
+        product = built.get(name)
+        if product is not None and isinstance(product.result, Plot):
+            file = f"{link}/{name}.svg"
+            return f"![{product.result.alt}]({file})\n\n*{product.artefact.title}.* {product.result.caption}"
+    return "*(no figure could be drawn from this study)*"
+
+
+def _table(built: Mapping[str, Product], name: str, keys: Sequence[str] = ()) -> str:
+    product = built.get(name)
+    if product is None or not isinstance(product.result, Sheet):
+        return f"*(missing: {product.reason if product is not None else 'not built'})*"
+    table = product.result.table
+    if keys:
+        table = Table(tuple(c for key in keys for c in table.columns if c.key == key), table.rows)
+    return table.markdown() + "\n" + product.result.caption

@@ -1,0 +1,602 @@
+"""Verdicts on the study's claims and open questions (SCIENCE section 9): statistics, stated rules, no
+typed result.
+
+Every rule maps a statistic with its 95 % interval to one of four words: "supported", "not supported",
+"undecided"
+(the interval does not settle it) and "not yet measured" (the data for the statistic do not exist; the
+reason is given).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from figures import style
+from figures.compute import NEAR_LINEAR, interior
+from figures.costs import shares
+from figures.data import METRICS, StudyData
+from figures.effects import changes, pair_variant, usable
+from figures.fits import ADDITIVE, ALL, LEVEL, LawFit, summary
+from figures.registry import Cell, Column, MissingData, Quantity, Sheet, Table, artefact
+from figures.scaling import drawable
+
+SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURED = (
+    "supported",
+    "not supported",
+    "undecided",
+    "not yet measured",
+)
+SIMILAR = 0.25  # two elasticities are similar when they differ by at most a quarter of their mean
+SAME_ERROR = (0.8, 1.25)  # a ratio in this band is called unchanged (the usual equivalence bounds)
+REGISTERED = 10  # predicted optima that must have been trained before a verdict (FIT section 7)
+DOMINANT = 0.5  # a part dominates when it takes more than half
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A measured statistic, the verdict its rule gives, and the runs behind it."""
+
+    value: Quantity
+    verdict: str
+    data: str
+    point_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim or question with its statistic, rule and measurement (which raises MissingData where it
+    cannot be made)."""
+
+    key: str
+    source: str
+    text: str
+    statistic: str
+    rule: str
+    measure: Callable[[StudyData], Finding]
+
+
+def positive(value: Quantity) -> str:
+    """Supported when the interval lies above 0, not supported when it lies below."""
+    if value.low > 0:
+        return SUPPORTED
+    return NOT_SUPPORTED if value.high < 0 else UNDECIDED
+
+
+def outside(value: Quantity, low: float, high: float) -> str:
+    """Supported when the interval lies wholly outside [low, high]; not supported when wholly inside."""
+    if math.isnan(value.low) or math.isnan(value.high):
+        return UNDECIDED
+    if value.low > high or value.high < low:
+        return SUPPORTED
+    return NOT_SUPPORTED if low <= value.low and value.high <= high and low < high else UNDECIDED
+
+
+def inside(value: Quantity, low: float, high: float) -> str:
+    """Supported when the interval lies wholly inside [low, high]; not supported when wholly outside."""
+    flipped = {SUPPORTED: NOT_SUPPORTED, NOT_SUPPORTED: SUPPORTED, UNDECIDED: UNDECIDED}
+    return flipped[outside(value, low, high)]
+
+
+def _law_data(laws: Sequence[LawFit]) -> str:
+    return "; ".join(
+        f"{law.ansatz}, {style.METRIC_NAME[law.metric]}: {law.record.get('n_runs', '?')} runs, "
+        f"{law.record.get('n_molecules', 1)} molecules"
+        for law in laws
+    )
+
+
+def _ids(study: StudyData, laws: Sequence[LawFit]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(i for law in laws for i in study.ids_of(law)))
+
+
+# -- claim 1
+# -------------------------------------------------------------------------------------------------------
+
+
+def _size_over_time(kind: str, sign: float) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        law = usable(study.fits, kind, "v_score")
+        size, time = law.elasticities(law.at["N"], law.at["D"])
+        value = summary(sign * (size - time))
+        return Finding(value, positive(value), _law_data([law]), _ids(study, [law]))
+
+    return measure
+
+
+# -- claim 2
+# -------------------------------------------------------------------------------------------------------
+
+
+def _similar(study: StudyData) -> Finding:
+    laws = [usable(study.fits, kind, "v_score") for kind in ("transformer", "retnet")]
+    n, d = (math.exp(np.mean([math.log(law.at[v]) for law in laws])) for v in ("N", "D"))
+    pairs = [law.elasticities(n, d) for law in laws]
+    size = min(len(pairs[0][0]), len(pairs[1][0]))
+    values = []
+    for one, two in zip(*pairs, strict=True):
+        one, two = one[:size], two[:size]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values.append(summary(2 * (one - two) / (one + two)))
+    words = [inside(value, -SIMILAR, SIMILAR) for value in values]
+    worst = max(values, key=lambda v: abs(v.value) if math.isfinite(v.value) else math.inf)
+    verdict = (
+        NOT_SUPPORTED if NOT_SUPPORTED in words else (SUPPORTED if set(words) == {SUPPORTED} else UNDECIDED)
+    )
+    return Finding(worst, verdict, _law_data(laws), _ids(study, laws))
+
+
+# -- claim 3
+# -------------------------------------------------------------------------------------------------------
+
+
+def _not_linear(kind: str, metric: str) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        law = interior(study, kind, metric)
+        value = summary(law.ratio())
+        return Finding(value, outside(value, *NEAR_LINEAR), _law_data([law]), _ids(study, [law]))
+
+    return measure
+
+
+def _differ(study: StudyData, laws: Sequence[LawFit], why: str) -> Finding:
+    """The ratio k_a/k_b of the most different pair; intervals Bonferroni-corrected over the pairs."""
+    if len(laws) < 2:
+        raise MissingData(f"{len(laws)} law with an interior optimum, two are needed ({why})")
+    pairs = list(itertools.combinations(laws, 2))
+    level = 1 - (1 - LEVEL) / len(pairs)
+    values = []
+    for one, two in pairs:
+        first, second = one.ratio(), two.ratio()
+        size = min(len(first), len(second))
+        values.append(summary(first[:size] / second[:size], level))
+    words = [outside(value, *NEAR_LINEAR) for value in values]
+    verdict = (
+        SUPPORTED if SUPPORTED in words else (NOT_SUPPORTED if set(words) == {NOT_SUPPORTED} else UNDECIDED)
+    )
+    most = max(values, key=lambda v: abs(math.log(v.value)) if v.value > 0 else math.inf)
+    return Finding(most, verdict, _law_data(laws), _ids(study, laws))
+
+
+def _collect(study: StudyData, cases: Sequence[tuple[str, str]]) -> tuple[list[LawFit], str]:
+    laws, gaps = [], []
+    for kind, metric in cases:
+        try:
+            laws.append(interior(study, kind, metric))
+        except MissingData as gap:
+            gaps.append(str(gap))
+    return laws, "; ".join(gaps) or "none refused"
+
+
+def _kinds(study: StudyData) -> list[str]:
+    return list(dict.fromkeys(law.ansatz for law in study.need_fits().laws))
+
+
+def _by_ansatz(metric: str) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        laws, why = _collect(study, [(kind, metric) for kind in _kinds(study)])
+        return _differ(study, laws, why)
+
+    return measure
+
+
+def _by_metric(kind: str) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        study.need_fits()
+        laws, why = _collect(study, [(kind, metric) for metric in METRICS])
+        return _differ(study, laws, why)
+
+    return measure
+
+
+# -- claim 4
+# -------------------------------------------------------------------------------------------------------
+
+
+def _local_share(how: str) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        points = study.need_headline()
+        found: list[np.ndarray] = []
+        used: list[str] = []
+        for (molecule, kind), rows in points.groups("molecule", "ansatz"):
+            result = shares(study, rows, kind, molecule, how)
+            if result is not None:
+                found.append(result[0].get("local energy", np.zeros(len(result[1]))))
+                used += result[1].ids
+        if not found:
+            raise MissingData(f"the cube stores no {how} parts of a step")
+        values = np.concatenate(found)
+        value = Quantity(float(np.median(values)), float(values.min()), float(values.max()))
+        verdict = (
+            SUPPORTED if value.low > DOMINANT else (NOT_SUPPORTED if value.high < DOMINANT else UNDECIDED)
+        )
+        return Finding(value, verdict, f"{len(values)} runs", tuple(used))
+
+    return measure
+
+
+# -- open questions and next checks
+# ----------------------------------------------------------------------------------
+
+
+def _modulus_phase(kind: str) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        fits = study.need_fits()
+        law = fits.get(kind, "v_score", ALL, "modulus_phase")
+        if law is None:
+            raise MissingData(f"{kind}: {fits.refusal(kind, 'v_score', ALL, 'modulus_phase')}")
+        if not law.stationary:
+            raise MissingData(f"{kind}: the modulus/phase fit has no stationary certificate")
+        columns = law.stacked()
+        value = summary(columns["a1"] - columns["a3"])
+        return Finding(value, outside(value, -0.1, 0.1), _law_data([law]), _ids(study, [law]))
+
+    return measure
+
+
+def _variants(study: StudyData, wanted: Callable[[str, object], bool], what: str) -> list[str]:
+    names = [
+        name
+        for name in study.variants
+        if name != study.main_variant
+        and (c := changes(study, name))
+        and all(wanted(k, v) for k, v in c.items())
+    ]
+    if not names:
+        raise MissingData(f"the study has no variant with {what}")
+    return names
+
+
+def _unchanged(
+    wanted: Callable[[str, object], bool], what: str, rule: Callable[[Quantity], str], every: bool
+) -> Callable[[StudyData], Finding]:
+    """The V-score ratio of the most different matching variant; `every`: all must satisfy the rule, else
+    one."""
+
+    def measure(study: StudyData) -> Finding:
+        pairs = [pair_variant(study, name, "v_score") for name in _variants(study, wanted, what)]
+        words = [rule(pair.ratio) for pair in pairs]
+        if every:
+            verdict = (
+                NOT_SUPPORTED
+                if NOT_SUPPORTED in words
+                else (SUPPORTED if set(words) == {SUPPORTED} else UNDECIDED)
+            )
+        else:
+            verdict = (
+                SUPPORTED
+                if SUPPORTED in words
+                else (NOT_SUPPORTED if set(words) == {NOT_SUPPORTED} else UNDECIDED)
+            )
+        most = max(pairs, key=lambda p: abs(math.log(p.ratio.value)))
+        data = "; ".join(f"{p.variant}: {p.pairs} pairs" for p in pairs)
+        return Finding(most.ratio, verdict, data, tuple(dict.fromkeys(i for p in pairs for i in p.point_ids)))
+
+    return measure
+
+
+def _is_sampled(key: str, value: object) -> bool:
+    return key == "local_energy" and value == "sampled"
+
+
+def _is_schedule(key: str, value: object) -> bool:
+    return key in {"sampling.schedule", "sampling.n_min", "sampling.n_max", "sampling.growth_fraction"}
+
+
+def _by_molecule(study: StudyData) -> Finding:
+    laws = [
+        law
+        for law in study.need_fits().laws
+        if law.law == ADDITIVE
+        and law.metric == "v_score"
+        and law.scope != ALL
+        and law.stationary
+        and law.estimates.get("A1", 0) > 0
+        and law.estimates.get("A2", 0) > 0
+    ]
+    kinds = list(dict.fromkeys(law.ansatz for law in laws))
+    for kind in ("transformer", *kinds):
+        own = [law for law in laws if law.ansatz == kind]
+        if len(own) >= 2:
+            return _differ(study, own, "single molecules")
+    raise MissingData("no ansatz has laws of two single molecules with both terms")
+
+
+def _beyond_thirty(study: StudyData) -> Finding:
+    """Slope of ln(observed) on ln(law without intercept) within a molecule of more than 30 spin-orbitals."""
+    large = [m for m, facts in study.molecules.items() if facts["n_spin_orbitals"] > 30]
+    rows = study.done.only(variant=study.main_variant)
+    rows = drawable(rows.where(np.isin(rows["molecule"], large)), "v_score")
+    if not len(rows):
+        raise MissingData("no run of a molecule with more than 30 spin-orbitals")
+    x, y, group = [], [], []
+    used: list[str] = []
+    for (molecule, kind), part in rows.groups("molecule", "ansatz"):
+        law = usable(study.fits, kind, "v_score")
+        x.append(np.log(law.value(part["n_total"], part["d_prime"])))
+        y.append(np.log(part["v_score"]))
+        group += [f"{molecule}/{kind}"] * len(part)
+        used += part.ids
+    value = _slope(np.concatenate(x), np.concatenate(y), np.array(group))
+    return Finding(value, inside(value, *SAME_ERROR), f"{len(used)} runs of {', '.join(large)}", tuple(used))
+
+
+def _slope(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Quantity:
+    """Slope within groups with a 95 % bootstrap interval over runs (2000 resamples, fixed seed)."""
+    x, y = x.copy(), y.copy()
+    for name in dict.fromkeys(groups.tolist()):
+        mask = groups == name
+        x[mask] -= x[mask].mean()
+        y[mask] -= y[mask].mean()
+    count = len(x)
+    if count < 6 or np.ptp(x) < 1e-6:
+        raise MissingData(f"{count} runs that span too little to check the law's shape")
+    rng = np.random.default_rng(0)
+    weights = np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), size=2000)])
+    return summary((weights * x * y).sum(axis=1) / (weights * x * x).sum(axis=1))
+
+
+def _overcounts(study: StudyData) -> Finding:
+    points = study.need_headline()
+    good = (points["flops_estimated"] > 0) & (points["flops_executed"] > 0)
+    points = points.where(good)
+    if not len(points):
+        raise MissingData("no run has both FLOP counts")
+    ratio = points["flops_estimated"] / points["flops_executed"]
+    value = Quantity(float(np.exp(np.mean(np.log(ratio)))), float(ratio.min()), float(ratio.max()))
+    verdict = (
+        SUPPORTED
+        if value.low > SAME_ERROR[1]
+        else (NOT_SUPPORTED if value.high <= SAME_ERROR[1] else UNDECIDED)
+    )
+    return Finding(value, verdict, f"{len(points)} runs", tuple(points.ids))
+
+
+def _trained_optimum(study: StudyData) -> Finding:
+    """Registered predictions of the fit file against the trained runs named in them: share inside the 90 %
+    interval."""
+    fits = study.need_fits()
+    entries = [e for e in fits.record.get("predictions") or [] if e.get("point_id") and e.get("interval_90")]
+    place = {point: i for i, point in enumerate(study.points.ids)}
+    hits: list[bool] = []
+    used: list[str] = []
+    for entry in entries:
+        row = place.get(str(entry["point_id"]))
+        if row is None or study.points["status"][row] != 1:
+            continue
+        low, high = (float(v) for v in entry["interval_90"])
+        hits.append(low <= float(study.points[str(entry["metric"])][row]) <= high)
+        used.append(str(entry["point_id"]))
+    if not hits:
+        raise MissingData("no run was registered and trained at a predicted optimum")
+    value = _wilson(sum(hits), len(hits))
+    verdict = NOT_SUPPORTED if value.high < 0.9 else (SUPPORTED if len(hits) >= REGISTERED else UNDECIDED)
+    return Finding(value, verdict, f"{len(hits)} runs at predicted optima", tuple(used))
+
+
+def _wilson(hits: int, count: int) -> Quantity:
+    """Share with its Wilson 95 % interval."""
+    z, share = 1.959964, hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return Quantity(share, centre - half, centre + half)
+
+
+_ABOVE = "supported: interval above 0; not supported: below 0"
+_OUT = f"supported: interval outside [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]; not supported: inside"
+_SAME = f"supported: interval inside [{SAME_ERROR[0]:g}, {SAME_ERROR[1]:g}]; not supported: outside"
+
+
+def statements() -> list[Statement]:
+    """Every claim, question and check of the study, in its order."""
+    known = ("made", "transformer", "retnet")
+    rows = []
+    for kind in ("transformer", "retnet"):
+        rows.append(
+            Statement(
+                f"1-{kind}",
+                "claim 1",
+                f"Model size moves the V-score more than training time ({kind})",
+                "elasticity in N minus elasticity in D′",
+                _ABOVE,
+                _size_over_time(kind, 1.0),
+            )
+        )
+    rows.append(
+        Statement(
+            "1-made",
+            "claim 1",
+            "Training time moves the V-score more than model size (made)",
+            "elasticity in D′ minus elasticity in N",
+            _ABOVE,
+            _size_over_time("made", -1.0),
+        )
+    )
+    rows.append(
+        Statement(
+            "2",
+            "claim 2",
+            "Transformer and RetNet scale similarly",
+            "relative difference of elasticities (the larger of N, D′), same N and D′",
+            f"supported: both intervals inside ±{SIMILAR:g}; not supported: one outside",
+            _similar,
+        )
+    )
+    for metric in METRICS:
+        for kind in known:
+            rows.append(
+                Statement(
+                    f"3-{kind}-{metric}",
+                    "claim 3",
+                    f"The optimal D′ : N relation is not near-linear ({kind}, {style.METRIC_NAME[metric]})",
+                    "k in D′* ~ N*^k",
+                    _OUT,
+                    _not_linear(kind, metric),
+                )
+            )
+    for metric in METRICS:
+        rows.append(
+            Statement(
+                f"3-ansatz-{metric}",
+                "claim 3",
+                f"The optimal relation depends on the ansatz ({style.METRIC_NAME[metric]})",
+                "ratio of k, most different pair (Bonferroni)",
+                f"supported: one interval outside [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]; not "
+                f"supported: all inside",
+                _by_ansatz(metric),
+            )
+        )
+    for kind in known:
+        rows.append(
+            Statement(
+                f"3-metric-{kind}",
+                "claim 3",
+                f"The optimal relation depends on the metric ({kind})",
+                "ratio of k between V-score and absolute error",
+                _OUT,
+                _by_metric(kind),
+            )
+        )
+    share = f"supported: every run above {DOMINANT:g}; not supported: every run below"
+    for how, label in (
+        ("estimated", "the study's FLOP accounting"),
+        ("executed", "executed FLOPs"),
+        ("measured", "measured time"),
+    ):
+        rows.append(
+            Statement(
+                f"4-{how}",
+                "claim 4",
+                f"The local energy dominates the compute ({label})",
+                "share of a step: median [lowest, highest run]",
+                share,
+                _local_share(how),
+            )
+        )
+    for kind in known:
+        rows.append(
+            Statement(
+                f"q1-{kind}",
+                "open question 1",
+                f"Modulus and phase networks scale differently ({kind}, V-score)",
+                "exponent of N_mod minus exponent of N_ph",
+                "supported: interval outside ±0.1; not supported: inside",
+                _modulus_phase(kind),
+            )
+        )
+    rows += [
+        Statement(
+            "q2",
+            "open question 2",
+            "Neglecting unsampled states in the local energy leaves the V-score unchanged",
+            "V-score ratio sampled/main, same cells",
+            _SAME,
+            _unchanged(_is_sampled, 'local_energy = "sampled"', lambda q: inside(q, *SAME_ERROR), True),
+        ),
+        Statement(
+            "q3",
+            "open question 3",
+            "The Hamiltonian's structure shapes the optimal relation: k differs between molecules",
+            "ratio of k, most different pair of molecules (Bonferroni)",
+            f"supported: one interval outside [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]; not supported: "
+            f"all inside",
+            _by_molecule,
+        ),
+        Statement(
+            "q4",
+            "open question 4",
+            "The sampling schedule changes the V-score",
+            "V-score ratio to main, most different schedule, same cells",
+            f"supported: one interval outside [{SAME_ERROR[0]:g}, {SAME_ERROR[1]:g}]; not supported: all "
+            f"inside",
+            _unchanged(_is_schedule, "another sampling schedule", lambda q: outside(q, *SAME_ERROR), False),
+        ),
+        Statement(
+            "n1",
+            "next check",
+            "The law's shape holds beyond 30 spin-orbitals",
+            "slope of ln V on the law's ln V within a molecule",
+            _SAME,
+            _beyond_thirty,
+        ),
+        Statement(
+            "n2",
+            "next check",
+            "Reuse makes the no-reuse FLOP estimate overcount",
+            "estimated/executed FLOPs: geometric mean [lowest, highest run]",
+            f"supported: every run above {SAME_ERROR[1]:g}; not supported: none",
+            _overcounts,
+        ),
+        Statement(
+            "n3",
+            "next check",
+            "A run trained at the predicted optimum ends where the law says",
+            "share of registered runs inside their 90 % interval",
+            f"supported: {REGISTERED} runs or more and the share's interval reaches 0.9; not supported: "
+            f"it lies below",
+            _trained_optimum,
+        ),
+    ]
+    return rows
+
+
+@artefact(
+    "verdicts",
+    title="Verdicts",
+    question="Do the study's claims hold in these data, and what do they say on its open questions?",
+    section="verdicts",
+    kind="table",
+    needs=("final", "fit", "molecule"),
+)
+def verdicts(study: StudyData) -> Sheet:
+    """One row per claim, open question and next check; nothing here is typed in."""
+    if not len(study.points):
+        raise MissingData("the cube holds no run")
+    rows: list[dict[str, Cell]] = []
+    for statement in statements():
+        row: dict[str, Cell] = {
+            "key": statement.key,
+            "source": statement.source,
+            "statement": statement.text,
+            "statistic": statement.statistic,
+            "rule": statement.rule,
+        }
+        try:
+            finding = statement.measure(study)
+        except MissingData as gap:
+            row |= {"value": None, "verdict": NOT_MEASURED, "data": str(gap), "point_ids": ""}
+        else:
+            row |= {
+                "value": finding.value,
+                "verdict": finding.verdict,
+                "data": finding.data,
+                "point_ids": " ".join(finding.point_ids),
+            }
+        rows.append(row)
+    columns = (
+        Column("statement", "statement"),
+        Column("verdict", "verdict"),
+        Column("value", "value"),
+        Column("statistic", "statistic"),
+        Column("rule", "rule"),
+        Column("data", "data, or why there is no value"),
+        Column("source", "source"),
+        Column("key", "key", csv_only=True),
+        Column("point_ids", "point ids", csv_only=True),
+    )
+    tally = {
+        word: sum(row["verdict"] == word for row in rows)
+        for word in (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURED)
+    }
+    caption = (
+        "Verdicts computed from the statistics and rules shown; brackets: 95 % intervals unless the "
+        "statistic says otherwise. "
+        "They speak of this replication's runs only. "
+        + ", ".join(f"{count} {word}" for word, count in tally.items())
+        + "."
+    )
+    return Sheet(Table(columns, tuple(rows)), caption)
