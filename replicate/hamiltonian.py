@@ -115,43 +115,57 @@ class Kernel:
 
         `max_bytes` bounds the scratch memory beside the result (24 bytes per element).
         """
-        parts = [
-            (row + start, key, value)
-            for start, row, key, value in self._chunks(keys.to(self.device), max_bytes)
-        ]
-        if not parts:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-            return Connected(empty, empty.clone(), empty.to(torch.float64))
-        row, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Connected(row, key, value)
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows, connected, values = [empty], [empty], [empty.to(torch.float64)]
+        for start, row, key, value in self._chunks(keys.to(self.device), max_bytes):
+            rows.append(row + start)
+            connected.append(key)
+            values.append(value)
+        return Connected(_join(rows), _join(connected), _join(values))
 
-    def _chunks(self, keys: Tensor, max_bytes: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def count(self, keys: Tensor, max_bytes: int | None = None) -> int:
+        """Upper bound of the number of elements that `connected` finds, at a small part of its cost."""
+        keys = keys.to(self.device)
+        rows = self._chunk_rows(max_bytes)
+        return sum(int(self._balanced(part)[0].sum()) for part in keys.split(rows)) if len(keys) else 0
+
+    def _chunk_rows(self, max_bytes: int | None) -> int:
         if max_bytes is None:
             max_bytes = _CPU_SCRATCH if self.device.type == "cpu" else _DEVICE_SCRATCH
-        rows = max(1, max_bytes // (24 * len(self._flips)))
+        return max(1, max_bytes // (24 * len(self._flips)))
+
+    def _chunks(self, keys: Tensor, max_bytes: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        rows = self._chunk_rows(max_bytes)
         for start in range(0, len(keys), rows):
             yield start, *self._connected(keys[start : start + rows])
 
-    def _connected(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _balanced(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Which patterns keep which determinants in the sector: bool (B, columns); and `_spins`."""
         spins = self._spins(keys, torch.float64)
-        spins32 = spins.to(torch.float32)
         # both spins' counts on the flipped qubits are balanced if and only if this weighted sum is zero
-        row, column = torch.nonzero(spins32 @ self._conserve == 0, as_tuple=True)
-        occupied = (1 - spins32) / 2
-        code = (occupied @ self._code)[row, column].to(torch.int64)
-        value = self._table[column * (2 * LOCAL) + (code & (2 * LOCAL - 1))]
-        # diagonal and linear patterns have a factor that depends on all occupations; the others take the last
+        return spins.to(torch.float32) @ self._conserve == 0, spins
+
+    def _connected(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        balanced, spins = self._balanced(keys)
+        pair = torch.nonzero(balanced.view(-1))[:, 0]
+        rows = torch.arange(len(keys), device=self.device)
+        row = torch.repeat_interleave(rows, balanced.sum(1), output_size=len(pair))
+        column = pair - row * len(self._flips)
+        occupied = (1 - spins.to(torch.float32)) / 2
+        code = (occupied @ self._code).view(-1).take(pair).to(torch.int64)
+        value = self._table.take(column * (2 * LOCAL) + (code & (2 * LOCAL - 1)))
+        # diagonal and linear patterns have a factor that depends on all occupations; others take the last
         # column, 1
         factor = torch.ones(len(keys), self._n_linear + 2, dtype=torch.float64, device=self.device)
         factor[:, 0] = self._diagonal(keys, spins)
-        torch.addmm(self._linear_constant, spins, self._linear, out=factor[:, 1:-1])
-        value = value * factor[row, column.clamp(max=self._n_linear + 1)]
+        factor[:, 1:-1] = torch.addmm(self._linear_constant, spins, self._linear)
+        value *= factor.view(-1).take(row * (self._n_linear + 2) + column.clamp(max=self._n_linear + 1))
         if self._n_general:
             self._add_general(keys, row, column, value)
-        key = keys[row] ^ self._flips[column]
+        key = keys.take(row) ^ self._flips.take(column)
         if self._may_vanish:
-            keep = (value.abs() > NEGLIGIBLE) | (column == 0)
-            row, key, value = row[keep], key[keep], value[keep]
+            keep = torch.nonzero((value.abs() > NEGLIGIBLE) | (column == 0))[:, 0]
+            row, key, value = row.take(keep), key.take(keep), value.take(keep)
         return row, key, value
 
     def _add_general(self, keys: Tensor, row: Tensor, column: Tensor, value: Tensor) -> None:
@@ -181,25 +195,47 @@ class Kernel:
         if size > 1 and not bool((keys_sorted[1:] > keys_sorted[:-1]).all()):
             raise ValueError("keys_sorted: not ascending and distinct")
         counts, columns, values = [], [], []
-        for start, row, key, value in self._chunks(keys_sorted, max_bytes):
-            column = torch.searchsorted(keys_sorted, key).clamp_(max=size - 1)
-            found = torch.nonzero(keys_sorted[column] == key)[:, 0]
-            row, column, value = row[found], column[found], value[found]
+        for start, row, column, value in self._inside(keys_sorted, max_bytes):
             order = torch.argsort(row * size + column)
-            counts.append(torch.bincount(row, minlength=min(len(keys_sorted) - start, int(row[-1]) + 1)))
-            columns.append(column[order].to(torch.int32))
-            values.append(value[order])
+            counts.append(torch.bincount(row, minlength=min(self._chunk_rows(max_bytes), size - start)))
+            columns.append(column.take(order).to(torch.int32))
+            values.append(value.take(order))
         offsets = torch.zeros(size + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
+        torch.cumsum(_join(counts), 0, out=offsets[1:])
         if int(offsets[-1]) >= 2**31:
             raise MemoryError(f"{int(offsets[-1])} matrix elements: too many for one sparse matrix")
-        column = torch.cat(columns)
-        columns.clear()  # before the values are doubled: they are most of the memory
         with warnings.catch_warnings():  # torch says on first use that CSR support is in beta
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             return torch.sparse_csr_tensor(
-                offsets.to(torch.int32), column, torch.cat(values), (size, size), check_invariants=False
+                offsets.to(torch.int32), _join(columns), _join(values), (size, size), check_invariants=False
             )
+
+    def apply(self, keys_sorted: Tensor, vectors: Tensor, max_bytes: int | None = None) -> Tensor:
+        """H @ vectors on the given keys, elements made and forgotten: for sectors whose matrix does not fit.
+
+        `vectors`: float64 (B, k). Equal to `sector_matrix(keys_sorted) @ vectors` up to rounding; for
+        repeated products of a matrix that fits, that is about 50 times as fast.
+        """
+        out = torch.zeros_like(vectors)
+        for start, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
+            out.index_add_(0, row + start, value[:, None] * vectors[column])
+        return out
+
+    def _inside(
+        self, keys_sorted: Tensor, max_bytes: int | None
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """First row of a chunk, row in the chunk, column and value of the elements between the given keys."""
+        for start, row, key, value in self._chunks(keys_sorted, max_bytes):
+            column = torch.searchsorted(keys_sorted, key).clamp_(max=len(keys_sorted) - 1)
+            found = torch.nonzero(keys_sorted.take(column) == key)[:, 0]
+            yield start, row.take(found), column.take(found), value.take(found)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenate and let go of the parts, so that only one column at a time is held twice."""
+    whole = torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 def _signs(masks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -249,6 +249,7 @@ def check_connected(
     fast: Kernel, keys: np.ndarray, matrix: np.ndarray, batch: np.ndarray, max_bytes: int | None
 ) -> None:
     found = fast.connected(torch.from_numpy(keys[batch]), max_bytes=max_bytes)
+    assert len(found.row) <= fast.count(torch.from_numpy(keys[batch]), max_bytes=max_bytes)
     row, column = found.row.numpy(), np.searchsorted(keys, found.key.numpy())
     assert np.all(np.diff(row) >= 0)
     assert np.all(keys[column] == found.key.numpy())  # inside the sector
@@ -296,6 +297,9 @@ def test_sector_matrix_of_a_part_is_that_part_and_symmetric(data: st.DataObject)
     ours_dense = ours.to_dense().numpy()
     np.testing.assert_allclose(ours_dense, matrix[np.ix_(part, part)], atol=2e-12, rtol=0)
     np.testing.assert_array_equal(ours_dense, ours_dense.T)
+    vectors = torch.from_numpy(np.random.default_rng(len(part)).normal(size=(len(part), 2)))
+    streamed = kernel(name, "reversed").apply(torch.from_numpy(keys[part]), vectors, max_bytes=max_bytes)
+    torch.testing.assert_close(streamed, ours @ vectors, atol=1e-11, rtol=0)
     torch.sparse_csr_tensor(
         ours.crow_indices(), ours.col_indices(), ours.values(), ours.shape, check_invariants=True
     )
