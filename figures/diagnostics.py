@@ -18,6 +18,7 @@ from figures.scaling import drawable
 
 _AXES = ("n_total", "d_prime", "steps", "search_fraction", "fitted", "molecule")
 _BINS = 6
+_HEADLINE = "headline fit"
 
 
 def _headline_laws(study: StudyData, metric: str) -> list[LawFit]:
@@ -380,22 +381,33 @@ def sensitivity(study: StudyData) -> Plot:
     entries = [e for e in fits.record.get("sensitivity") or [] if e.get("rows")]
     if not entries:
         raise MissingData("the fit file holds no sensitivity rows")
-    whats = list(dict.fromkeys(str(row["what"]) for e in entries for row in e["rows"]))
     metrics = [m for m in METRICS if any(e["metric"] == m for e in entries)]
     kinds = list(dict.fromkeys(str(e["ansatz"]) for e in entries))
-    figure = style.new_figure(style.DOUBLE, 0.75 + len(metrics) * (0.35 + 0.24 * len(whats)))
-    axes = figure.subplots(len(metrics), 2, squeeze=False, sharey=True)
+    whats = {
+        m: [
+            _HEADLINE,
+            *dict.fromkeys(str(row["what"]) for e in entries if e["metric"] == m for row in e["rows"]),
+        ]
+        for m in metrics
+    }
+    heights = [len(whats[m]) for m in metrics]
+    figure = style.new_figure(style.DOUBLE, 0.75 + 0.35 * len(metrics) + 0.22 * sum(heights))
+    axes = figure.subplots(len(metrics), 2, squeeze=False, sharey="row", height_ratios=heights)
     rows: list[dict[str, Cell]] = []
     for entry in entries:
         kind, metric = str(entry["ansatz"]), str(entry["metric"])
         look = style.ansatz_style(kind, kinds)
-        offset = (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.24
+        offset = (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.26
         law = fits.best(kind, metric)
-        for row in entry["rows"]:
-            y = whats.index(str(row["what"])) + offset
+        choices = [dict(row) for row in entry["rows"]]
+        if law is not None:
+            own = {"what": _HEADLINE, "parameters": law.estimates, "intervals": law.record.get("intervals")}
+            choices.insert(0, own)
+        for row in choices:
+            y = whats[metric].index(str(row["what"])) + offset
             for j, name in enumerate(("a1", "a2")):
                 value = (row.get("parameters") or {}).get(name)
-                if value is None:
+                if value is None or not math.isfinite(value):
                     continue
                 axis = axes[metrics.index(metric), j]
                 interval = (row.get("intervals") or {}).get(name)
@@ -421,20 +433,26 @@ def sensitivity(study: StudyData) -> Plot:
                         "point_ids": " ".join(study.ids_of(law)) if law is not None else "",
                     }
                 )
+    if not rows:
+        raise MissingData("no sensitivity row has an exponent")
     for i, metric in enumerate(metrics):
-        axes[i, 0].set_yticks(range(len(whats)), whats)
-        axes[i, 0].set_ylim(len(whats) - 0.4, -0.6)
-        for j, label in enumerate(("α$_1$ (exponent of N)", "α$_2$ (exponent of D′)")):
+        axes[i, 0].set_yticks(range(heights[i]), whats[metric])
+        axes[i, 0].set_ylim(heights[i] - 0.4, -0.6)
+        for j, label in enumerate(
+            ("α$_1$, exponent of N (dimensionless)", "α$_2$, exponent of D′ (dimensionless)")
+        ):
             axes[i, j].set_title(style.METRIC_NAME[metric], fontweight="normal")
             axes[i, j].grid(False, axis="y")
+            style.exponent_axis(axes[i, j])
             style.plain_axis(axes[i, j], "x")
             if i == len(metrics) - 1:
-                axes[i, j].set_xlabel(f"{label} (dimensionless)")
+                axes[i, j].set_xlabel(label)
     style.legend_below(figure, style.ansatz_handles(kinds, line=False))
     caption = (
         "The exponents refitted under every listed choice; a row far from the first is a conclusion that "
         "depends on it. "
-        "Lines: 95 % intervals where the fit computed them."
+        "Lines: 95 % intervals where the fit computed them (bootstrap for the headline). Arrow heads: "
+        "beyond the axis."
     )
     alt = "Forest plot of the two exponents under the choices of the fit."
     return Plot(figure, Table(tuple(Column(c, c) for c in rows[0]), tuple(rows)), caption, alt)
@@ -498,6 +516,7 @@ def interval_kinds(study: StudyData) -> Plot:
     for axis, label in zip(axes, ("α$_1$ (dimensionless)", "α$_2$ (dimensionless)"), strict=True):
         axis.set_xlabel(label)
         axis.grid(False, axis="y")
+        style.exponent_axis(axis)
         style.plain_axis(axis, "x")
     handles = [Line2D([], [], color=style.SOFT, ls=line, lw=1.4, label=how) for how, line in lines.items()]
     style.legend_below(figure, handles)

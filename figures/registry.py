@@ -100,6 +100,7 @@ class Column:
     label: str
     digits: int = 3
     csv_only: bool = False
+    under: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,16 @@ def _entry(product: Product) -> dict[str, Any]:
     }
     if isinstance(product.result, Sheet):
         shown = product.result.table.shown()
+        main = [column for column in shown if not column.under]
         entry["table"] = {
-            "columns": [column.label for column in shown],
+            "columns": [" / ".join([c.label, *(u.label for u in shown if u.under == c.key)]) for c in main],
             "rows": [
                 {
-                    "cells": [_cell(row.get(c.key), c.key, c.digits) for c in shown],
+                    "cells": [
+                        _cell(row.get(c.key), c.key, c.digits)
+                        | {"small": [plain(row.get(u.key), u.digits) for u in shown if u.under == c.key]}
+                        for c in main
+                    ],
                     "ids": _ids(row.get("point_ids") or row.get("point_id")),
                 }
                 for row in product.result.table.rows
@@ -83,7 +88,7 @@ def _ids(ids: Cell) -> str:
     return str(ids) if ids and len(str(ids).split()) <= 32 else ""
 
 
-def _cell(cell: Cell, key: str, digits: int) -> dict[str, str]:
+def _cell(cell: Cell, key: str, digits: int) -> dict[str, Any]:
     text = plain(cell, digits)
     if key == "verdict":
         return {"text": text, "css": f"verdict v-{text.replace(' ', '-')}"}

@@ -31,7 +31,7 @@ INK, SOFT, GRID, PAPER = (
     "#fdfdfd",
 )  # the report swaps these for theme colours
 CHEMICAL_ACCURACY = 1.6e-3  # hartree, 1 kcal/mol
-MIN_POINT_SIZE = 7.0
+_EXPONENT_END = 3.0  # of drawn axes; the CSV has all values
 
 # Okabe & Ito (2008); the three main ones keep a contrast of 3:1 on white and on the report's dark ground.
 OKABE_ITO = {
@@ -237,6 +237,31 @@ def plain_axis(axis: Axes, which: str) -> None:
     """A linear axis with short numbers and a true minus sign."""
     side = axis.xaxis if which == "x" else axis.yaxis
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+
+
+def exponent_axis(axis: Axes) -> None:
+    """Limits of an axis of exponents: a runaway value (the fits allow up to 10) must not squeeze the rest.
+
+    Marks beyond the end are shown as arrow heads at it; interval lines run off the axis.
+    """
+    low, high = axis.get_xlim()
+    if low >= -_EXPONENT_END / 3 and high <= _EXPONENT_END:
+        return
+    low, high = max(low, -_EXPONENT_END / 3), min(high, _EXPONENT_END)
+    axis.set_xlim(low, high)
+    for line in list(axis.get_lines()):
+        x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        if len(x) == 1 and line.get_marker() not in ("", "None", None) and not low <= x[0] <= high:
+            side = x[0] > high
+            axis.plot(
+                [high if side else low],
+                y,
+                marker=">" if side else "<",
+                color=line.get_color(),
+                ms=5,
+                clip_on=False,
+                gid="off-scale",
+            )
 
 
 def new_figure(width: float, height: float) -> Figure:

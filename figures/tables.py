@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +77,7 @@ def coefficients(study: StudyData) -> Sheet:
         Column("warnings", "warnings", csv_only=True),
         Column("point_ids", "point ids", csv_only=True),
     )
-    excluded = (fits.record.get("table") or {}).get("excluded") or {}
-    gone = ", ".join(f"{count} {reason}" for reason, count in excluded.items() if count) or "none"
+    gone = _excluded(fits.record.get("table") or {})
     caption = (
         "This replication's coefficients, raw units (V-score dimensionless, error in hartree, N in "
         "parameters, D′ in "
@@ -86,6 +87,18 @@ def coefficients(study: StudyData) -> Sheet:
         f"available here."
     )
     return Sheet(Table(columns, tuple(rows)), caption, tuple(notes))
+
+
+def _excluded(table: Mapping[str, Any]) -> str:
+    """Excluded runs by reason; the fit counts them per metric, and they may differ."""
+    phrases = []
+    for key, value in (table.get("excluded") or {}).items():
+        if isinstance(value, Mapping):
+            inner = ", ".join(f"{count} {reason}" for reason, count in value.items() if count) or "none"
+            phrases.append(f"{style.METRIC_NAME.get(key, key)}: {inner}")
+        elif value:
+            phrases.append(f"{value} {key}")
+    return "; ".join(phrases) or "none"
 
 
 @artefact(

@@ -9,17 +9,20 @@ reason is given).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from figures import style
 from figures.compute import NEAR_LINEAR, interior
 from figures.costs import shares
-from figures.data import METRICS, StudyData
+from figures.data import DIMS, METRICS, StudyData
 from figures.effects import changes, pair_variant, usable
 from figures.fits import ADDITIVE, ALL, LEVEL, LawFit, summary
 from figures.registry import Cell, Column, MissingData, Quantity, Sheet, Table, artefact
@@ -356,26 +359,44 @@ def _overcounts(study: StudyData) -> Finding:
     return Finding(value, verdict, f"{len(points)} runs", tuple(points.ids))
 
 
-def _trained_optimum(study: StudyData) -> Finding:
-    """Registered predictions of the fit file against the trained runs named in them: share inside the 90 %
-    interval."""
-    fits = study.need_fits()
-    entries = [e for e in fits.record.get("predictions") or [] if e.get("point_id") and e.get("interval_90")]
-    place = {point: i for i, point in enumerate(study.points.ids)}
-    hits: list[bool] = []
-    used: list[str] = []
-    for entry in entries:
-        row = place.get(str(entry["point_id"]))
-        if row is None or study.points["status"][row] != 1:
-            continue
-        low, high = (float(v) for v in entry["interval_90"])
-        hits.append(low <= float(study.points[str(entry["metric"])][row]) <= high)
-        used.append(str(entry["point_id"]))
-    if not hits:
-        raise MissingData("no run was registered and trained at a predicted optimum")
-    value = _wilson(sum(hits), len(hits))
-    verdict = NOT_SUPPORTED if value.high < 0.9 else (SUPPORTED if len(hits) >= REGISTERED else UNDECIDED)
-    return Finding(value, verdict, f"{len(hits)} runs at predicted optima", tuple(used))
+def _registered(chosen: Callable[[str], bool], what: str) -> Callable[[StudyData], Finding]:
+    """Share of registered predictions inside their 90 % interval, over the variants `chosen`.
+
+    The fit file registers predictions of held-out runs, sealed by a hash, before it reads their results.
+    """
+
+    def measure(study: StudyData) -> Finding:
+        place = {
+            tuple(map(str, key)): i
+            for i, key in enumerate(zip(*(study.points[d] for d in DIMS), strict=True))
+        }
+        hits: list[bool] = []
+        used: list[str] = []
+        for entry in study.need_fits().record.get("hold_out") or []:
+            record = entry.get("registered") or {}
+            if not record or not _sealed(record):
+                continue
+            for point in record.get("points", []):
+                row = place.get(tuple(str(point.get(d)) for d in DIMS))
+                if row is None or study.points["status"][row] != 1 or not chosen(str(point["variant"])):
+                    continue
+                low, high = (float(v) for v in point["interval_90"])
+                hits.append(low <= float(study.points[str(entry["metric"])][row]) <= high)
+                used.append(study.points.ids[row])
+        if not hits:
+            raise MissingData(what)
+        value = _wilson(sum(hits), len(hits))
+        verdict = NOT_SUPPORTED if value.high < 0.9 else (SUPPORTED if len(hits) >= REGISTERED else UNDECIDED)
+        return Finding(value, verdict, f"{len(hits)} registered predictions", tuple(dict.fromkeys(used)))
+
+    return measure
+
+
+def _sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a registered prediction still carries the hash of its own content."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest() == record.get("sha256")
 
 
 def _wilson(hits: int, count: int) -> Quantity:
@@ -386,6 +407,7 @@ def _wilson(hits: int, count: int) -> Quantity:
     return Quantity(share, centre - half, centre + half)
 
 
+_PREDICTS = f"supported: {REGISTERED} runs or more, interval reaches 0.9; not supported: lies below 0.9"
 _ABOVE = "supported: interval above 0; not supported: below 0"
 _OUT = f"supported: interval outside [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]; not supported: inside"
 _SAME = f"supported: interval inside [{SAME_ERROR[0]:g}, {SAME_ERROR[1]:g}]; not supported: outside"
@@ -532,13 +554,27 @@ def statements() -> list[Statement]:
             _overcounts,
         ),
         Statement(
+            "n4",
+            "next check",
+            "The law predicts runs that it was not fitted to",
+            "share of registered held-out runs inside their 90 % interval",
+            _PREDICTS,
+            _registered(
+                lambda variant: not variant.startswith("optimum"),
+                "no finished held-out run was registered with the fit",
+            ),
+        ),
+        Statement(
             "n3",
             "next check",
             "A run trained at the predicted optimum ends where the law says",
             "share of registered runs inside their 90 % interval",
             f"supported: {REGISTERED} runs or more and the share's interval reaches 0.9; not supported: "
             f"it lies below",
-            _trained_optimum,
+            _registered(
+                lambda variant: variant.startswith("optimum"),
+                "no finished run of an optimum variant was registered with the fit",
+            ),
         ),
     ]
     return rows
@@ -582,9 +618,9 @@ def verdicts(study: StudyData) -> Sheet:
         Column("verdict", "verdict"),
         Column("value", "value"),
         Column("statistic", "statistic"),
-        Column("rule", "rule"),
+        Column("rule", "rule", under="statistic"),
         Column("data", "data, or why there is no value"),
-        Column("source", "source"),
+        Column("source", "source", under="statement"),
         Column("key", "key", csv_only=True),
         Column("point_ids", "point ids", csv_only=True),
     )
