@@ -128,7 +128,10 @@ def test_hamiltonians_are_bit_identical_on_one_and_two_threads() -> None:
     hashes = []
     for threads in ("1", "2"):
         env = {
-            **os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONPATH": str(REPOSITORY)
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "PYTHONPATH": str(REPOSITORY),
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", _HASHES, *names],
