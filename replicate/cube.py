@@ -54,6 +54,24 @@ DERIVED: dict[str, tuple[str, str]] = {
     "search_fraction": ("1", "S_F: mean distinct determinants per step over the size of the search space"),
     "d_prime": ("1", "D' = T S_F, steps times search fraction"),
 }
+# Named parts of a step: variable of /final, its extra axis, the JSON attribute of a point file it is read
+# from, units.
+PARTS = (
+    (
+        "flops_estimated_part",
+        "flop_part",
+        "flops_estimated_parts",
+        "flop",
+        "estimated training FLOPs of a part of the step",
+    ),
+    (
+        "wall_part_seconds",
+        "wall_part",
+        "wall_parts",
+        "s",
+        "wall time of a part of the step, summed over training",
+    ),
+)
 MOLECULE: dict[str, tuple[str, str]] = {
     "n_spin_orbitals": ("1", "spin-orbitals, qubits n"),
     "n_alpha": ("1", "alpha electrons"),
@@ -87,6 +105,7 @@ class _Cube:
     history: dict[str, np.ndarray]
     molecules: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def allocate(cls, study: Study) -> _Cube:
@@ -132,6 +151,11 @@ class _Cube:
             values = data[f"history_{name}"].values
             self.history[name][at][: len(values)] = values
         self.origins[data.attrs["provenance"]] += 1
+        for variable, _, attribute, *_ in PARTS:
+            found = self.parts.setdefault(variable, {})
+            for name, value in json.loads(data.attrs.get(attribute, "{}")).items():
+                if name != "total":
+                    found.setdefault(name, np.full(self.final["status"].shape, np.nan))[at] = value
 
 
 def collect(study: Study, store: Store) -> xr.DataTree:
@@ -180,6 +204,7 @@ def _tree(cube: _Cube) -> xr.DataTree:
         "n_phase": (by_size, final["n_phase"], _named("1", "N_ph, parameters of the phase network")),
         "n_total": (by_size, total, _named("1", "N = N_mod + N_ph, all parameters")),
     }
+    coordinates_of_parts: dict[str, Any] = {}
     variables: dict[str, Any] = {name: (DIMS, final[name], _named(*FINAL[name])) for name in COPIED}
     variables |= {name: (DIMS, final[name], _named(*text)) for name, text in DERIVED.items()}
     variables["exact"] = (DIMS, final["exact"], _named(*FINAL["exact"]))
@@ -195,6 +220,16 @@ def _tree(cube: _Cube) -> xr.DataTree:
     variables["planned"] = (DIMS, final["planned"], _named("1", "1 where the spec asks for this cell"))
     variables["held_out"] = (DIMS, final["held_out"], _named("1", "1 where a fit must not look"))
     variables["point_id"] = (DIMS, final["point_id"], _named("1", "content id of the point, its file name"))
+    for variable, axis, _, units, text in PARTS:
+        found = cube.parts.get(variable, {})
+        if found:
+            coordinates_of_parts[axis] = (
+                axis,
+                np.array(sorted(found)),
+                _named("1", f"name of the part in {variable}"),
+            )
+            stacked = np.stack([found[name] for name in sorted(found)], axis=-1)
+            variables[variable] = ((*DIMS, axis), stacked, _named(units, text))
     past = {
         name: ((*DIMS, "record"), cube.history[name], _named(units, text))
         for name, (units, text) in HISTORY.items()
@@ -215,7 +250,7 @@ def _tree(cube: _Cube) -> xr.DataTree:
     return xr.DataTree.from_dict(
         {
             "/": xr.Dataset(attrs=attributes),
-            "/final": xr.Dataset(variables, coords={**coordinates, **counts}),
+            "/final": xr.Dataset(variables, coords={**coordinates, **counts, **coordinates_of_parts}),
             "/history": xr.Dataset(past, coords={**coordinates, "record": record}),
             "/molecule": _molecules(cube, coordinates["molecule"]),
         }
