@@ -120,7 +120,7 @@ def local_energies_exact(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk
     connected = kernel.connected(keys)
     every, where = torch.unique(connected.key, return_inverse=True)
     log_prob, phase, cost = tree_amplitudes(wave, every, chunk)
-    own = torch.searchsorted(every, keys)[connected.row]
+    own = torch.searchsorted(every, keys.contiguous())[connected.row]
     log_ratio = 0.5 * (log_prob[where] - log_prob[own])
     values = _contract(keys.shape[0], connected.row, connected.value, log_ratio, phase[where] - phase[own])
     return LocalEnergies(values, cost)
