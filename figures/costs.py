@@ -16,22 +16,20 @@ _LOOKS = {
     "gradient": (style.OKABE_ITO["sky"], "...."),
     "other": ("#9a9aa2", "xxxx"),
 }
-_PREFIXES = (
+# In this order: the trainer measures "forward_and_sampling" in one piece, as its sampler shares the
+# forward pass.
+_WORDS = (
     ("sampl", "sampling"),
     ("local", "local energy"),
-    ("energy", "local energy"),
-    ("connected", "local energy"),
     ("grad", "gradient"),
-    ("forward", "gradient"),
     ("backward", "gradient"),
     ("optim", "gradient"),
-    ("adam", "gradient"),
 )
 
 
 def group_of(part: str) -> str:
     """The drawn group of a named part of a step."""
-    return next((group for prefix, group in _PREFIXES if part.lower().startswith(prefix)), "other")
+    return next((group for word, group in _WORDS if word in part.lower()), "other")
 
 
 def leading_order_shares(kind: str, n: float, flips: float, rho: np.ndarray) -> dict[str, np.ndarray]:

@@ -292,10 +292,11 @@ def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
         provenance = {}
     points, n_missing = _points(final)
     parts: dict[str, dict[str, np.ndarray]] = {}
+    stored = tree["parts"].to_dataset() if "parts" in tree.children else xr.Dataset()
     for family, axis in _PARTS.items():
-        if family in final:
-            values = final[family].transpose(*DIMS, axis).values
-            parts[family] = {str(name): values[..., i] for i, name in enumerate(final[axis].values)}
+        if family in stored:
+            values = stored[family].transpose(*DIMS, axis).values
+            parts[family] = {str(name): values[..., i] for i, name in enumerate(stored[axis].values)}
     return StudyData(
         name=str(tree.attrs.get("study", spec.get("study", ""))),
         title=str(tree.attrs.get("title", "Scaling study")),

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from figures import style
 from figures.data import StudyData
-from figures.registry import SECTIONS, Cell, Quantity, Sheet, plain
+from figures.registry import SECTIONS, Artefact, Cell, Quantity, Sheet, plain
 from figures.render import Product
 
 _THEME = {
@@ -37,7 +37,10 @@ def report_html(study: StudyData, products: Sequence[Product]) -> str:
         entries = [_entry(product) for product in products if product.artefact.section == key]
         if entries:
             sections.append({"key": key, "title": title, "entries": entries})
-    missing = [(product.artefact, reason) for product in products for reason in product.missing]
+    missing: dict[str, list[Artefact]] = {}
+    for product in products:
+        for reason in product.missing:
+            missing.setdefault(reason, []).append(product.artefact)
     return environment.get_template("report.html.j2").render(
         study=study,
         sources=sorted(study.sources) or ["the cube"],
@@ -94,7 +97,9 @@ def _cell(cell: Cell, key: str, digits: int) -> dict[str, Any]:
         return {"text": text, "css": f"verdict v-{text.replace(' ', '-')}"}
     return {
         "text": text,
-        "css": "n" if isinstance(cell, (int, float, Quantity)) and not isinstance(cell, bool) else "",
+        "css": "n"
+        if isinstance(cell, (int, float, Quantity, type(None))) and not isinstance(cell, bool)
+        else "",
     }
 
 

@@ -295,10 +295,11 @@ def ansatz_handles(kinds: Sequence[str], *, line: bool = True) -> list[Line2D]:
     return handles
 
 
-def legend_below(figure: Figure, handles: Sequence[Line2D | Patch], columns: int = 6) -> None:
-    """One legend under all panels: it cannot hide data."""
+def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    """One legend under all panels, as many columns as fit: it cannot hide data."""
     if handles:
-        columns = min(columns, columns if figure.get_figwidth() > 5 else 3, len(handles))
+        entry = 0.62 + 0.062 * max(len(str(handle.get_label())) for handle in handles)  # inches, 7.5 pt text
+        columns = max(1, min(6, len(handles), int(figure.get_figwidth() / entry)))
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
 
 

@@ -130,7 +130,7 @@ def training_curves(study: StudyData) -> Plot:
         axis.remove()
     style.bottom_labels(axes[: len(with_fci)], n_columns, "step (count)")
     figure.supylabel("E − E$_{FCI}$ in training (Ha)", fontsize=8)
-    style.legend_below(figure, [*style.ansatz_handles(kinds), *_reference_handles(sorted(names))], columns=4)
+    style.legend_below(figure, [*style.ansatz_handles(kinds), *_reference_handles(sorted(names))])
     for line in figure.legends[0].get_lines()[: len(kinds)]:
         line.set_marker("")
     if below:
@@ -373,9 +373,7 @@ def energy_levels(study: StudyData) -> Plot:
     gaps = [abs(study.molecules[m]["e_hf"] - study.molecules[m]["e_fci"]) for m in molecules]
     style.log_axis(axis, "y", [*numbers(rows, "abs_error"), *gaps], pad=1.6)
     axis.axhspan(axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0)
-    style.legend_below(
-        figure, [*style.ansatz_handles(kinds, line=False), *_reference_handles(sorted(names))], columns=4
-    )
+    style.legend_below(figure, [*style.ansatz_handles(kinds, line=False), *_reference_handles(sorted(names))])
     accurate = sum(bool(row["chemically_accurate"]) for row in rows)
     columns = tuple(rows[0]) if rows else ("point_id",)
     caption = (

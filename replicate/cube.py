@@ -54,7 +54,7 @@ DERIVED: dict[str, tuple[str, str]] = {
     "search_fraction": ("1", "S_F: mean distinct determinants per step over the size of the search space"),
     "d_prime": ("1", "D' = T S_F, steps times search fraction"),
 }
-# Named parts of a step: variable of /final, its extra axis, the JSON attribute of a point file it is read
+# Named parts of a step: variable of /parts, its extra axis, the JSON attribute of a point file it is read
 # from, units.
 PARTS = (
     (
@@ -204,7 +204,6 @@ def _tree(cube: _Cube) -> xr.DataTree:
         "n_phase": (by_size, final["n_phase"], _named("1", "N_ph, parameters of the phase network")),
         "n_total": (by_size, total, _named("1", "N = N_mod + N_ph, all parameters")),
     }
-    coordinates_of_parts: dict[str, Any] = {}
     variables: dict[str, Any] = {name: (DIMS, final[name], _named(*FINAL[name])) for name in COPIED}
     variables |= {name: (DIMS, final[name], _named(*text)) for name, text in DERIVED.items()}
     variables["exact"] = (DIMS, final["exact"], _named(*FINAL["exact"]))
@@ -220,16 +219,6 @@ def _tree(cube: _Cube) -> xr.DataTree:
     variables["planned"] = (DIMS, final["planned"], _named("1", "1 where the spec asks for this cell"))
     variables["held_out"] = (DIMS, final["held_out"], _named("1", "1 where a fit must not look"))
     variables["point_id"] = (DIMS, final["point_id"], _named("1", "content id of the point, its file name"))
-    for variable, axis, _, units, text in PARTS:
-        found = cube.parts.get(variable, {})
-        if found:
-            coordinates_of_parts[axis] = (
-                axis,
-                np.array(sorted(found)),
-                _named("1", f"name of the part in {variable}"),
-            )
-            stacked = np.stack([found[name] for name in sorted(found)], axis=-1)
-            variables[variable] = ((*DIMS, axis), stacked, _named(units, text))
     past = {
         name: ((*DIMS, "record"), cube.history[name], _named(units, text))
         for name, (units, text) in HISTORY.items()
@@ -250,11 +239,24 @@ def _tree(cube: _Cube) -> xr.DataTree:
     return xr.DataTree.from_dict(
         {
             "/": xr.Dataset(attrs=attributes),
-            "/final": xr.Dataset(variables, coords={**coordinates, **counts, **coordinates_of_parts}),
+            "/final": xr.Dataset(variables, coords={**coordinates, **counts}),
+            "/parts": _parts(cube, coordinates),
             "/history": xr.Dataset(past, coords={**coordinates, "record": record}),
             "/molecule": _molecules(cube, coordinates["molecule"]),
         }
     )
+
+
+def _parts(cube: _Cube, coordinates: dict[str, Any]) -> xr.Dataset:
+    """Where FLOPs and time go, by named part of a step; NaN where a point does not say."""
+    variables, coords = {}, dict(coordinates)
+    for variable, axis, _, units, text in PARTS:
+        found = cube.parts.get(variable, {})
+        if found:
+            coords[axis] = (axis, np.array(sorted(found)), _named("1", f"name of the part in {variable}"))
+            stacked = np.stack([found[name] for name in sorted(found)], axis=-1)
+            variables[variable] = ((*DIMS, axis), stacked, _named(units, text))
+    return xr.Dataset(variables, coords=coords)
 
 
 def _named(units: str, long_name: str) -> dict[str, Any]:
@@ -319,7 +321,7 @@ def write_cube(tree: xr.DataTree, path: Path) -> None:
             for name, variable in tree[group].to_dataset().variables.items()
             if variable.ndim and variable.dtype.kind in "fiu"
         }
-        for group in ("final", "history", "molecule")
+        for group in ("final", "parts", "history", "molecule")
     }
     with replacing(path, keep_equal=True) as temporary:
         tree.to_netcdf(temporary, engine="netcdf4", encoding=encoding)
