@@ -7,6 +7,7 @@ the caller uses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -32,6 +33,9 @@ DEGENERATE = 1e-8
 four-decimal coordinates of PH3 or CH4 split theirs by 1e-7 to 1e-5, which is physical: those orbitals are
 determined."""
 
+# PySCF's handler of a singular extrapolation (a broken bond) names numpy.linalg.linalg, which numpy 2.4 has
+# not
+_SINGULAR_DIIS = (np.linalg.LinAlgError, AttributeError)
 _TIE = 1e-6  # relative: components this close count as equal when the largest is sought
 
 
@@ -139,7 +143,8 @@ def _converge(mf: Any, start: Floats | None) -> None:
     strings.
     """
     mf.conv_tol, mf.conv_tol_grad, mf.max_cycle = 1e-12, 1e-9, 200
-    mf.kernel(start)
+    with contextlib.suppress(*_SINGULAR_DIIS):
+        mf.kernel(start)
     if not mf.converged:
         second = mf.newton()
         second.conv_tol, second.conv_tol_grad, second.max_cycle = 1e-12, 1e-9, 200
@@ -218,7 +223,8 @@ def _coupled_cluster(mf: Any) -> tuple[float, float]:
         return float("nan"), float("nan")
     solver = cc.CCSD(mf) if n_alpha == n_beta else cc.UCCSD(mf.to_uhf())
     solver.verbose, solver.conv_tol, solver.conv_tol_normt, solver.max_cycle = 0, 1e-10, 1e-7, 300
-    solver.kernel()
+    with contextlib.suppress(*_SINGULAR_DIIS):
+        solver.kernel()
     if not solver.converged:
         return float("nan"), float("nan")
     triples = solver.ccsd_t() if n_alpha == n_beta else float("nan")

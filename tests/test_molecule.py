@@ -85,6 +85,15 @@ def test_open_shell_coupled_cluster_is_exact_where_it_must_be() -> None:
     assert mol.energy_sources["ccsd_t"] == "none"
 
 
+def test_a_broken_bond_has_an_energy() -> None:
+    # restricted orbitals are wrong here and coupled cluster may give up; FCI is twice the atom
+    atoms = (("H", 0.0, 0.0, 0.0), ("H", 0.0, 0.0, 20.0))
+    mol = load_molecule(MoleculeSpec(name="H2 far", atoms=atoms))
+    atom = load_molecule(MoleculeSpec(name="H", atoms=atoms[:1], multiplicity=2))
+    assert mol.e_fci == pytest.approx(2 * atom.e_hf, abs=1e-7)
+    assert (atom.e_ccsd, atom.search_space, atom.hamiltonian.n_unique_flips) == (None, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "e_inf_sector", "e_inf_identity"),
     [("H2O", -61.10821319, -46.46560078), ("N2", -86.38468603, -66.29543095), ("Li2O", -52.18446642, None)],
