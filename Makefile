@@ -13,6 +13,7 @@ SPEC ?= specs/laptop.toml
 ARTIFACTS ?= artifacts
 CUBE ?= $(ARTIFACTS)/laptop/cube.nc
 RUN_FLAGS ?=
+FIT_FLAGS ?=
 VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
@@ -54,7 +55,7 @@ replicate: setup
 	$(PY) -m replicate run $(SPEC) --artifacts $(ARTIFACTS) $(RUN_FLAGS) || status=$$?; \
 	if [ $$status -gt 1 ]; then exit $$status; fi; \
 	$(PY) -m replicate collect $(SPEC) --artifacts $(ARTIFACTS); \
-	if [ ! $$folder/fit.json -nt $$folder/cube.nc ]; then $(PY) -m replicate fit $$folder/cube.nc || status=$$?; fi; \
+	if [ ! $$folder/fit.json -nt $$folder/cube.nc ]; then $(PY) -m replicate fit $$folder/cube.nc $(FIT_FLAGS) || status=$$?; fi; \
 	if [ ! $$folder/figures/report.html -nt $$folder/fit.json ]; then $(PY) -m figures $$folder/cube.nc; fi; \
 	echo "cube: $$folder/cube.nc"; \
 	echo "fit: $$folder/fit.json"; \
@@ -66,7 +67,7 @@ figures: setup
 	$(PY) -m figures $(CUBE)
 
 smoke:
-	$(MAKE) replicate SPEC=specs/smoke.toml
+	$(MAKE) replicate SPEC=specs/smoke.toml FIT_FLAGS="--bootstrap 40 --no-selection"
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
