@@ -298,6 +298,8 @@ def clamp(
     d = float(np.exp(log_d))
     if not d_range[0] <= d <= d_range[1]:
         word = "below" if d < d_range[0] else "above"
-        flags.append(f"D'* = {d:.3g} is {word} the fitted range {d_range[0]:.3g} to {d_range[1]:.3g}: clamped, off the budget")
+        flags.append(
+            f"D'* = {d:.3g} is {word} the fitted range {d_range[0]:.3g} to {d_range[1]:.3g}: clamped, off the budget"
+        )
         d = float(np.clip(d, *d_range))
     return Clamped(n, d, tuple(flags))

@@ -29,20 +29,32 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fit`."""
     parser.add_argument("cube", nargs="?", type=Path, help="cube.nc of a study")
     parser.add_argument("--metric", action="append", choices=["v_score", "abs_error"], help="default: both")
-    parser.add_argument("--law", help="cube: a named law (default: additive and its refinements); csv: its text")
-    parser.add_argument("--objective", default="t:4", help="t:NU | huber:DELTA | lad | l2-log | l2-raw | asinh:NU")
-    parser.add_argument("--bootstrap", type=int, default=4000, metavar="B", help="refits per fit (default 4000)")
+    parser.add_argument(
+        "--law", help="cube: a named law (default: additive and its refinements); csv: its text"
+    )
+    parser.add_argument(
+        "--objective", default="t:4", help="t:NU | huber:DELTA | lad | l2-log | l2-raw | asinh:NU"
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=4000, metavar="B", help="refits per fit (default 4000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", action="append", default=[], help="cube: variants to use")
     parser.add_argument("--no-selection", action="store_true", help="cube: leave the rival laws out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="cube: folder of the results (default: the cube's)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="cube: folder of the results (default: the cube's)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="any scaling-law table instead of a cube")
-    parser.add_argument("--x", action="append", default=[], metavar="NAME=COLUMN", help="csv: a variable of the law")
+    parser.add_argument(
+        "--x", action="append", default=[], metavar="NAME=COLUMN", help="csv: a variable of the law"
+    )
     parser.add_argument("--y", metavar="NAME=COLUMN", help="csv: the quantity that the law describes")
     parser.add_argument("--cluster", metavar="COLUMN", help="csv: rows with one label are resampled together")
     parser.add_argument("--group", metavar="COLUMN", help="csv: one multiplicative intercept per label")
     parser.add_argument("--noise", metavar="COLUMN", help="csv: additive standard error of y (asinh)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="csv: file of the result (default: standard output)")
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="csv: file of the result (default: standard output)"
+    )
 
 
 def run_fit(args: argparse.Namespace) -> int:
@@ -126,10 +138,15 @@ def _fit_csv(args: argparse.Namespace) -> int:
     table = read_csv(args.csv, numeric, [c for c in (args.cluster, args.group) if c])
     label, column = next(iter(y.items()))
     problems = []
-    for name, source in {**used, **({label: column} if objective.kind not in ("asinh", "l2-raw") else {})}.items():
+    for name, source in {
+        **used,
+        **({label: column} if objective.kind not in ("asinh", "l2-raw") else {}),
+    }.items():
         bad = table[source] <= 0
         if bad.any():
-            problems.append(f"{args.csv}: column {source!r} ({name}): {int(bad.sum())} values are not positive")
+            problems.append(
+                f"{args.csv}: column {source!r} ({name}): {int(bad.sum())} values are not positive"
+            )
     if problems:
         raise UserError(*problems)
     try:
@@ -172,11 +189,20 @@ def add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ansatz", required=True)
     parser.add_argument("--budget", required=True, type=float, metavar="FLOP")
     parser.add_argument("--metric", default="v_score", choices=["v_score", "abs_error"])
-    parser.add_argument("--flops", default="estimated", choices=["estimated", "executed"], help="which FLOPs the budget counts")
+    parser.add_argument(
+        "--flops",
+        default="estimated",
+        choices=["estimated", "executed"],
+        help="which FLOPs the budget counts",
+    )
     parser.add_argument("--n", type=int, help="spin-orbitals of a molecule outside the study")
-    parser.add_argument("--M", type=int, dest="unique_flips", help="distinct flip patterns of its Hamiltonian")
+    parser.add_argument(
+        "--M", type=int, dest="unique_flips", help="distinct flip patterns of its Hamiltonian"
+    )
     parser.add_argument("--S", type=int, dest="search_space", help="determinants of its sector")
-    parser.add_argument("--molecules", type=Path, default=Path("specs/molecules.toml"), help="table of molecules")
+    parser.add_argument(
+        "--molecules", type=Path, default=Path("specs/molecules.toml"), help="table of molecules"
+    )
     parser.add_argument("--batch", type=int, help="unique samples per step (default: as in the study)")
     parser.add_argument("--json", action="store_true")
 
@@ -218,7 +244,10 @@ def write_tree(path: Path, tree: Any) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        encoding = {g: {v: {"zlib": True, "complevel": 4} for v in ("draws",) if v in node.data_vars} for g, node in zip(tree.groups, tree.subtree, strict=True)}
+        encoding = {
+            g: {v: {"zlib": True, "complevel": 4} for v in ("draws",) if v in node.data_vars}
+            for g, node in zip(tree.groups, tree.subtree, strict=True)
+        }
         tree.to_netcdf(name, engine="netcdf4", encoding={g: e for g, e in encoding.items() if e})
         os.chmod(name, 0o644)
         os.replace(name, path)

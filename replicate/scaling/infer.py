@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from replicate.scaling.law import Design, Law, Term
+from replicate.scaling.law import Design, Law
 from replicate.scaling.objective import Objective, evaluate, observed
 from replicate.scaling.solve import (
     Batch,
     Layout,
     Solution,
-    derivatives,
     jacobian,
     make_layout,
     minimise,
@@ -60,31 +59,44 @@ def cluster_weights(
     counts = np.empty((replicates, names.size))
     for s in np.unique(stratum):
         members = np.flatnonzero(stratum[first] == s)
-        counts[:, members] = rng.multinomial(members.size, np.full(members.size, 1 / members.size), size=replicates)
+        counts[:, members] = rng.multinomial(
+            members.size, np.full(members.size, 1 / members.size), size=replicates
+        )
     return counts[:, index]
 
 
-def bootstrap(solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None) -> Draws:
+def bootstrap(
+    solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None, recheck: bool = True
+) -> Draws:
     """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent would
-    leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is kept."""
+    leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is kept.
+    Without `recheck` only those that fail are redone."""
     layout, design = solution.layout, solution.layout.design
     rng = np.random.default_rng(seed)
     weights = cluster_weights(design.cluster if cluster is None else cluster, design.group, replicates, rng)
     weights *= design.weight
     batch = minimise(layout, np.repeat(solution.p[None], replicates, axis=0), weights=weights, damping=1e-4)
     first = float(batch.converged.mean())
-    sample = rng.random(replicates) < RECHECK
-    redo = np.flatnonzero(~batch.converged | sample | _could_leave_bound(layout, batch.p, weights))
+    sample = (rng.random(replicates) < RECHECK) & recheck
+    again = _could_leave_bound(layout, batch.p, weights) if recheck else np.zeros(replicates, bool)
+    redo = np.flatnonzero(~batch.converged | sample | again)
     p, converged = batch.p.copy(), batch.converged.copy()
     improved = 0
     if redo.size:
-        again = best_of_starts(layout, starts(layout, weights[redo]), weights=weights[redo])
+        anew = best_of_starts(layout, starts(layout, weights[redo]), weights=weights[redo])
         before = np.where(batch.converged[redo], batch.value[redo], np.inf)
-        lower = again.converged & (again.value < before - 1e-9 * (1 + np.abs(again.value)))
-        p[redo[lower]] = again.p[lower]
+        lower = anew.converged & (anew.value < before - 1e-9 * (1 + np.abs(anew.value)))
+        p[redo[lower]] = anew.p[lower]
         converged[redo[lower]] = True
         improved = int((lower & batch.converged[redo] & sample[redo]).sum())
-    return Draws(p[converged], raw_parameters(layout, p[converged]), first, float(converged.mean()), int(sample.sum()), improved)
+    return Draws(
+        p[converged],
+        raw_parameters(layout, p[converged]),
+        first,
+        float(converged.mean()),
+        int(sample.sum()),
+        improved,
+    )
 
 
 def best_of_starts(
@@ -95,7 +107,9 @@ def best_of_starts(
     batch = minimise(
         layout,
         begin.reshape(-1, size),
-        weights=None if weights is None else np.repeat(np.broadcast_to(weights, (r_batch, layout.design.n_points)), count, axis=0),
+        weights=None
+        if weights is None
+        else np.repeat(np.broadcast_to(weights, (r_batch, layout.design.n_points)), count, axis=0),
         z=z if z is None or z.ndim == 1 else np.repeat(z, count, axis=0),
         max_iterations=300,
         damping=1e-2,
@@ -105,7 +119,9 @@ def best_of_starts(
     return Batch(*(getattr(batch, f)[rows] for f in Batch.__dataclass_fields__))
 
 
-def _could_leave_bound(layout: Layout, p: np.ndarray, weights: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:
+def _could_leave_bound(
+    layout: Layout, p: np.ndarray, weights: np.ndarray, z: np.ndarray | None = None
+) -> np.ndarray:
     """(R,) True where a term with amplitude 0 would lower the objective at another value of its exponents."""
     k_terms = layout.n_terms
     z = observed(layout.objective, layout.design) if z is None else z
@@ -300,7 +316,9 @@ def _constrained_drop(solution: Solution, cov: Covariance, jobs: list[tuple[int,
         begin[i, j] = lower[i, j] = upper[i, j] = value
     # A vanished amplitude takes its exponent's gradient with it: restart such terms from a little above zero.
     k = layout.n_terms
-    begin[:, :k] = np.where(begin[:, :k] <= 0, np.where(solution.p[:k] > 0, 0.05 * solution.p[:k], 0.0), begin[:, :k])
+    begin[:, :k] = np.where(
+        begin[:, :k] <= 0, np.where(solution.p[:k] > 0, 0.05 * solution.p[:k], 0.0), begin[:, :k]
+    )
     for i, (j, value) in enumerate(jobs):
         begin[i, j] = value
     batch = minimise(layout, begin, lower=lower, upper=upper, max_iterations=200, damping=1e-2)
@@ -326,9 +344,8 @@ def floor_test(solution: Solution) -> FloorTest | None:
     floor = layout.design.law.floor
     if floor is None:
         return None
-    j = layout.names.index(floor)
     null = without_floor(solution)
-    statistic = max(2 * (null.value - solution.value) * _score_ratio(null, j), 0.0)
+    statistic = max(2 * (null.value - solution.value) * _score_ratio(null), 0.0)
     p_value = 1.0 if statistic <= 0 else 0.5 * float(stats.chi2.sf(statistic, 1))
     return FloorTest(float(statistic), p_value, floor_upper_bound(solution))
 
@@ -343,7 +360,7 @@ def without_floor(solution: Solution) -> Solution:
     return solve(replace(design, law=law), layout.objective, extra_starts=begin)
 
 
-def _score_ratio(null: Solution, _: int) -> float:
+def _score_ratio(null: Solution) -> float:
     """Model over clustered variance of the score along the floor, with the other parameters profiled out.
 
     1 for independent points and a right noise model; below 1 where runs carry several correlated points.
@@ -364,7 +381,9 @@ def _score_ratio(null: Solution, _: int) -> float:
     inner = int(null.free[: layout.n_law].sum())
     cross[:inner] -= columns[:inner] @ (design.weight * loss.dm[0] * tangent) / q
     if loss.dmt is not None:
-        cross = np.append(cross, float((design.weight * loss.dmt[0] * tangent).sum())) if null.free[-1] else cross
+        cross = (
+            np.append(cross, float((design.weight * loss.dmt[0] * tangent).sum())) if null.free[-1] else cross
+        )
     block = null.hessian[np.ix_(free, free)]
     slope = np.linalg.lstsq(block, cross, rcond=1e-12)[0]
     curvature = float((design.weight * (loss.dmm[0] - loss.dm[0] / q) * tangent**2).sum() - cross @ slope)
@@ -387,10 +406,11 @@ def floor_upper_bound(solution: Solution, level: float = 0.95) -> float | None:
     cov = covariance(solution)
     sd = np.sqrt(cov.sandwich[j, j])
     ratio = cov.hessian[j, j] / cov.sandwich[j, j] if cov.sandwich[j, j] > 0 else 1.0
-    lowest = float(np.exp(np.min(solution.fitted())))
-    # The floor cannot be far above the smallest prediction: search on a log grid up to twice that.
+    intercept = solution.p[layout.n_law : layout.n_model] @ layout.contrasts
+    lowest = float(np.exp(np.min(solution.fitted() - intercept)))
+    # The floor cannot be far above the smallest prediction: search on a log grid around it.
     base = solution.p[j]
-    span = np.geomspace(1e-4, 2.0, 24) * max(lowest, 4 * sd)
+    span = np.geomspace(1e-4, 5.0, 28) * max(lowest, 4 * sd)
     drop = _constrained_drop(solution, cov, [(j, base + s) for s in span])
     root = np.sqrt(np.maximum(2 * drop * ratio, 0.0))
     cut = float(stats.norm.ppf(level))
@@ -489,7 +509,9 @@ def _lifted_starts(layout: Layout, null: Layout, p: np.ndarray) -> np.ndarray:
 # ---- between molecules -------------------------------------------------------------------------------------------
 
 
-def leave_one_group_out(solution: Solution) -> tuple[dict[str, dict[str, float]], dict[str, tuple[float, float]]]:
+def leave_one_group_out(
+    solution: Solution,
+) -> tuple[dict[str, dict[str, float]], dict[str, tuple[float, float]]]:
     """Refits without each molecule, and jackknife intervals with t_(G-1) for statements between molecules."""
     layout, design = solution.layout, solution.layout.design
     names, g = design.group_names, len(design.group_names)
@@ -548,19 +570,10 @@ def equality_test(solution: Solution, draws: Draws, one: str, other: str) -> dic
     difference, error = raw[one] - raw[other], float(cloud.std(ddof=1)) if cloud.size > 1 else float("nan")
     lo, hi = np.percentile(cloud, [2.5, 97.5]) if cloud.size else (np.nan, np.nan)
     p_value = float(2 * stats.norm.sf(abs(difference) / error)) if error > 0 else float("nan")
-    return {"difference": difference, "standard_error": error, "low": float(lo), "high": float(hi), "p_value": p_value}
-
-
-def refit(design: Design, objective: Objective, near: Solution) -> Solution:
-    """Solve from the usual starts and from a neighbour with the same layout (sensitivity rows)."""
-    layout = make_layout(design, objective)
-    p = near.p[: layout.n_model]
-    extra = np.append(p, near.p[-1] if near.layout.objective.has_scale else np.log(0.3)) if objective.has_scale else p
-    return solve(design, objective, extra_starts=extra)
-
-
-__all__ = [
-    "Covariance", "Draws", "FloorTest", "RatioTest", "Term", "bootstrap", "condition_number", "covariance",
-    "derivatives", "floor_test", "leave_one_group_out", "percentile_intervals", "profile_intervals", "refit",
-    "sandwich_intervals", "variable_test",
-]  # fmt: skip
+    return {
+        "difference": difference,
+        "standard_error": error,
+        "low": float(lo),
+        "high": float(hi),
+        "p_value": p_value,
+    }

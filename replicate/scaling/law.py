@@ -10,6 +10,7 @@ geometric means in units of the median. q = 1 except in the rivals (Kaplan's for
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -304,6 +305,7 @@ def make_design(
     censored: np.ndarray | None = None,
     noise: np.ndarray | None = None,
     signed: bool = False,
+    runs_per_parameter: float = 1.0,
 ) -> Design:
     """Centre and check a table (n rows, raw units). Raises UserError for what cannot be fitted, with the numbers."""
     value = np.asarray(value, float)
@@ -329,10 +331,11 @@ def make_design(
     )
     n_parameters = len(law.parameters) + max(0, len(names) - 1)
     clusters = int(np.unique(cluster_index).size)
-    if clusters < n_parameters + 2:
-        unit = "points" if clusters == n else "runs"
+    needed_runs = max(n_parameters + 2, math.ceil(runs_per_parameter * n_parameters))
+    if clusters < needed_runs:
         raise UserError(
-            f"law {law.formula}: {clusters} {unit} for {n_parameters} parameters, at least {n_parameters + 2} are needed"
+            f"law {law.formula}: too few points, {clusters} runs for {n_parameters} parameters, "
+            f"at least {needed_runs} are needed"
         )
     for v, log in zip(law.variables, logs, strict=True):
         levels = np.unique(np.round(log, 9)).size

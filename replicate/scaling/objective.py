@@ -17,8 +17,8 @@ from scipy import special
 from replicate.scaling.law import Design
 from replicate.spec import UserError
 
-#: Residual below which LAD is smoothed: |r| -> r^2 / 2d. Small against any noise, large against rounding.
-LAD_WIDTH = 1e-7
+#: Log residual below which LAD is smoothed, |r| -> r^2 / 2d: small against any noise, and stationary points exist.
+LAD_WIDTH = 1e-4
 #: The scale never falls below this: data without noise would drive the likelihood to infinity.
 SCALE_FLOOR = 1e-6
 
@@ -112,7 +112,12 @@ def link(objective: Objective, design: Design, m: np.ndarray) -> tuple[np.ndarra
 
 
 def evaluate(
-    objective: Objective, design: Design, z: np.ndarray, m: np.ndarray, tau: np.ndarray, width: float | None = None
+    objective: Objective,
+    design: Design,
+    z: np.ndarray,
+    m: np.ndarray,
+    tau: np.ndarray,
+    width: float | None = None,
 ) -> Loss:
     """Loss of every point. `z` (n,) or (R, n), `m` (R, n), `tau` (R,); `width` overrides the huber zone."""
     plain = objective.kind not in ("l2-raw", "asinh")

@@ -11,15 +11,25 @@ def interval_text(interval: list[float] | None) -> str:
 
 def summary_of_fit(fit: dict[str, Any]) -> str:
     """`A1 = 1.2e-3 [.., ..]  a1 = .. (..)` with the certificate in words."""
-    parts = [f"{k} = {v:.4g} {interval_text(fit['intervals'].get(k))}" if v is not None else f"{k} not determined" for k, v in fit["parameters"].items()]
+    parts = [
+        f"{k} = {v:.4g} {interval_text(fit['intervals'].get(k))}" if v is not None else f"{k} not determined"
+        for k, v in fit["parameters"].items()
+    ]
     c = fit["certificate"]
     state = "stationary" if c["stationary"] else "NOT STATIONARY"
-    return f"{fit['formula']}: " + ", ".join(parts) + f"; objective {fit['objective']:.6g} ({state}, {c['starts_agreeing']}/{c['starts']} starts), {fit['n_points']} points, {fit['n_runs']} runs"
+    return (
+        f"{fit['formula']}: "
+        + ", ".join(parts)
+        + f"; objective {fit['objective']:.6g} ({state}, {c['starts_agreeing']}/{c['starts']} starts), {fit['n_points']} points, {fit['n_runs']} runs"
+    )
 
 
 def summary(result: dict[str, Any]) -> str:
     lines = [f"{f['id']}: {summary_of_fit(f)}" for f in result["fits"]]
-    lines += [f"{r['ansatz']}/{r['metric']}/{r['scope']}/{r['law']}: refused: {r['reason']}" for r in result["refused"]]
+    lines += [
+        f"{r['ansatz']}/{r['metric']}/{r['scope']}/{r['law']}: refused: {r['reason']}"
+        for r in result["refused"]
+    ]
     return "\n".join(lines)
 
 

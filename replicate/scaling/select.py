@@ -32,7 +32,11 @@ class Scores:
 
 
 def predict(
-    solution: Solution, p: np.ndarray, variables: Mapping[str, np.ndarray], group: np.ndarray | None, rng: np.random.Generator
+    solution: Solution,
+    p: np.ndarray,
+    variables: Mapping[str, np.ndarray],
+    group: np.ndarray | None,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Predicted ln L, (R, m), at new points for parameter vectors p (R, size).
 
@@ -119,7 +123,9 @@ def folds(rows: Rows, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
             yield name, out
 
 
-def selection(rows: Rows, mask: np.ndarray, metric: str, objective: Objective, seed: int) -> list[dict[str, object]]:
+def selection(
+    rows: Rows, mask: np.ndarray, metric: str, objective: Objective, seed: int
+) -> list[dict[str, object]]:
     """One row per candidate, best predictive CRPS first (mean over the three kinds of fold), AICc and BIC beside it."""
     out: list[dict[str, object]] = []
     for name in CANDIDATES:
@@ -134,7 +140,10 @@ def selection(rows: Rows, mask: np.ndarray, metric: str, objective: Objective, s
         deviance = 2 * whole.objective_value
         row |= {"parameters": k, "objective": whole.objective_value, "n_runs": n}
         if objective.has_scale:
-            row |= {"aicc": deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1), "bic": deviance + k * np.log(n)}
+            row |= {
+                "aicc": deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1),
+                "bic": deviance + k * np.log(n),
+            }
         row["residual_tests"] = residual_tests(whole, rows, mask)
         results: dict[str, list[Scores]] = {}
         for fold, left_out in folds(rows, mask):
@@ -180,7 +189,7 @@ def _fold(
     rows: Rows, mask: np.ndarray, left_out: np.ndarray, metric: str, law: Law, objective: Objective, seed: int
 ) -> Scores:
     solution = _solve(rows, mask & ~left_out, metric, law, objective)
-    draws = infer.bootstrap(solution, FOLD_REPLICATES, seed)
+    draws = infer.bootstrap(solution, FOLD_REPLICATES, seed, recheck=False)
     test = left_out & ~rows.censored[metric]
     if not test.any():
         raise UserError("every left-out point is censored")
@@ -196,7 +205,9 @@ def residual_tests(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str
     against the molecules' mean ln S_F."""
     layout, design = solution.layout, solution.layout.design
     _, jac, _, _ = jacobian(layout, solution.p[None])
-    base = np.concatenate([jac[0][solution.free[: layout.n_law]], layout.contrasts, np.ones((1, design.n_points))]).T
+    base = np.concatenate(
+        [jac[0][solution.free[: layout.n_law]], layout.contrasts, np.ones((1, design.n_points))]
+    ).T
     residual = np.clip(solution.residuals(), -4 * (solution.scale or 1), 4 * (solution.scale or 1))
     extra = {}
     for i, v in enumerate(design.law.variables):
@@ -216,9 +227,17 @@ def residual_tests(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str
         sums = np.bincount(index, weights=rest * (residual - slope * rest))
         error = float(np.sqrt((sums**2).sum()) / (rest @ rest))
         degrees = max(sums.size - base.shape[1] - 1, 1)
-        out[name] = {"slope": slope, "standard_error": error, "p_value": float(2 * stats.t.sf(abs(slope) / error, degrees)) if error > 0 else 1.0}
+        out[name] = {
+            "slope": slope,
+            "standard_error": error,
+            "p_value": float(2 * stats.t.sf(abs(slope) / error, degrees)) if error > 0 else 1.0,
+        }
     g = len(design.group_names)
     if g > 3 and np.ptp(means) > 0:
         fit = stats.linregress(means, design.intercepts(solution.p[layout.n_law : layout.n_model]))
-        out["S_F between molecules"] = {"slope": float(fit.slope), "standard_error": float(fit.stderr), "p_value": float(fit.pvalue)}
+        out["S_F between molecules"] = {
+            "slope": float(fit.slope),
+            "standard_error": float(fit.stderr),
+            "p_value": float(fit.pvalue),
+        }
     return out

@@ -217,7 +217,9 @@ def derivatives(
     if layout.power is None:
         full = np.matmul(jac * wdmm[:, None, :], jac.transpose(0, 2, 1))
         inner = jac[:, :k_smooth]
-        full[:, :k_smooth, :k_smooth] -= np.matmul(inner * (wdm / q[:, None])[:, None, :], inner.transpose(0, 2, 1))
+        full[:, :k_smooth, :k_smooth] -= np.matmul(
+            inner * (wdm / q[:, None])[:, None, :], inner.transpose(0, 2, 1)
+        )
         cross = gradient[:, :k_smooth] / q[:, None]
         full[:, :k_smooth, -1] += cross
         full[:, -1, :k_smooth] += cross
@@ -278,6 +280,13 @@ def scaled_gradient(d: Derivatives, free: np.ndarray) -> np.ndarray:
 
 def _cholesky_solve(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Solve a x = b for a batch (R, P, P), (R, P), vectorised over R; second result: was a positive definite?"""
+    if len(a) <= 64:
+        # LAPACK has the smaller overhead on few rows, but gives up on all if one is indefinite.
+        try:
+            np.linalg.cholesky(a)
+            return np.linalg.solve(a, b[:, :, None])[:, :, 0], np.ones(len(a), bool)
+        except np.linalg.LinAlgError:
+            pass
     size = a.shape[1]
     low = np.zeros_like(a)
     ok = np.ones(len(a), bool)
@@ -418,7 +427,9 @@ def _newton_block(
         new_small = scaled_gradient(new, new_free)
         # Near the optimum the objective only shows rounding: there a smaller gradient decides.
         noise = 1e-12 * (1 + np.abs(now.value))
-        better = (new.value < now.value - noise) | ((new.value <= now.value + noise) & (new_small < small[active]))
+        better = (new.value < now.value - noise) | (
+            (new.value <= now.value + noise) & (new_small < small[active])
+        )
         better &= np.isfinite(new.value) & np.isfinite(new.hessian).all(axis=(1, 2)) & np.isfinite(new_small)
         iterations[active] += 1
         rows = active[better]
@@ -497,7 +508,7 @@ def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray) -
     if layout.objective.kind not in ("huber", "lad"):
         return []
     residual = np.abs(z - layout.model(p))
-    scale = 2.0 * float(np.median(residual[weights > 0])) if np.any(weights > 0) else 1.0
+    scale = 0.5 * float(np.median(residual[weights > 0])) if np.any(weights > 0) else 1.0
     widths = []
     while scale > 2 * layout.objective.width and len(widths) < 24:
         widths.append(scale)
@@ -518,7 +529,9 @@ def _exponent_grid(layout: Layout) -> np.ndarray:
         unit = qmc.Sobol(count, scramble=False).random(512)[1:]
         grid = 0.05 * (2.5 / 0.05) ** unit
     else:
-        grid = np.array(list(itertools.product(_EXPONENT_GRIDS.get(count, ()), repeat=count))).reshape(-1, count)
+        grid = np.array(list(itertools.product(_EXPONENT_GRIDS.get(count, ()), repeat=count))).reshape(
+            -1, count
+        )
     powers = (0.1, 0.2, 0.4, 0.8) if layout.power is None else (layout.power,)
     return np.concatenate([np.column_stack([grid, np.full(len(grid), q)]) for q in powers])
 
@@ -714,5 +727,11 @@ def certify(layout: Layout, p: np.ndarray, start_values: np.ndarray, iterations:
         iterations=iterations,
     )
     return Solution(
-        layout, p, value, reported_value(layout.objective, layout.design, value), d.hessian[0], free, certificate
+        layout,
+        p,
+        value,
+        reported_value(layout.objective, layout.design, value),
+        d.hessian[0],
+        free,
+        certificate,
     )

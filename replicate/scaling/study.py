@@ -20,17 +20,26 @@ from replicate.scaling.infer import Draws
 from replicate.scaling.law import LAWS, Design, Law, make_design
 from replicate.scaling.objective import Objective, parse_objective
 from replicate.scaling.solve import Solution, raw_parameters, solve
-from replicate.scaling.table import METRICS, STATUS, Rows, file_sha256, read_cube
+from replicate.scaling.table import METRICS, NOT_PLANNED, STATUS, Rows, file_sha256, read_cube
 from replicate.spec import UserError, VScoreSpec
 
 SCHEMA = 1
 HEADLINE = "additive"
 #: Fitted with full inference when the data allow; the other laws of `LAWS` take part in the selection only.
 FULL = ("additive", "modulus_phase", "steps_fraction")
-COLUMNS = {"N": "n_total", "M": "n_modulus", "P": "n_phase", "D": "d_prime", "T": "steps", "S": "search_fraction"}
+COLUMNS = {
+    "N": "n_total",
+    "M": "n_modulus",
+    "P": "n_phase",
+    "D": "d_prime",
+    "T": "steps",
+    "S": "search_fraction",
+}
 #: Condition number of the design above which separate exponents are refused, or reported with a warning.
 REFUSE_CONDITION, WARN_CONDITION = 1000.0, 100.0
 CONSERVATIVE_RATIO = 1.25
+#: With fewer runs than this per parameter a five-parameter law fits anything, and its bootstrap says nothing.
+RUNS_PER_PARAMETER = 3.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def design_of(rows: Rows, mask: np.ndarray, metric: str, law: Law, *, intercepts
         cluster=np.flatnonzero(mask),
         censored=rows.censored[metric][mask],
         noise=rows.noise[metric][mask],
+        runs_per_parameter=RUNS_PER_PARAMETER,
     )
 
 
@@ -101,7 +111,9 @@ def fit_cube(path: Path, options: Options) -> tuple[dict[str, Any], xr.DataTree]
     return result, tree
 
 
-def fit_rows(rows: Rows, truth: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Any], xr.DataTree]:
+def fit_rows(
+    rows: Rows, truth: dict[str, np.ndarray], options: Options
+) -> tuple[dict[str, Any], xr.DataTree]:
     """`fit_cube` for rows in memory."""
     fits: list[Fit] = []
     refused: list[dict[str, str]] = []
@@ -120,7 +132,9 @@ def fit_rows(rows: Rows, truth: dict[str, np.ndarray], options: Options) -> tupl
         "provenance": rows.attributes.get("provenance"),
         "spec": rows.attributes.get("spec", ""),
     }
-    blocks: dict[str, list[dict[str, Any]]] = {k: [] for k in ("selection", "sensitivity", "allocation", "hold_out")}
+    blocks: dict[str, list[dict[str, Any]]] = {
+        k: [] for k in ("selection", "sensitivity", "allocation", "hold_out")
+    }
     for ansatz in rows.ansatze():
         for metric in options.metrics:
             mine = _fit_block(rows, ansatz, metric, options, refused)
@@ -133,7 +147,9 @@ def fit_rows(rows: Rows, truth: dict[str, np.ndarray], options: Options) -> tupl
             blocks["sensitivity"].append(key | {"rows": _sensitivity(rows, head, options)})
             blocks["allocation"].append(key | _allocation(rows, head))
             if options.selection:
-                chosen = select.selection(rows, head.rows, metric, options.objective, seed_of(options.seed, head.id))
+                chosen = select.selection(
+                    rows, head.rows, metric, options.objective, seed_of(options.seed, head.id)
+                )
                 blocks["selection"].append(key | {"rows": chosen})
             blocks["hold_out"].append(key | validate.score_hold_outs(rows, truth, head, options))
     if not fits:
@@ -147,10 +163,10 @@ def fit_rows(rows: Rows, truth: dict[str, np.ndarray], options: Options) -> tupl
 def _table(rows: Rows, metrics: tuple[str, ...]) -> dict[str, Any]:
     status = {}
     for ansatz in rows.ansatze():
-        mine = rows.labels["ansatz"] == ansatz
+        mine = (rows.labels["ansatz"] == ansatz) & (rows.reason[METRICS[0]] != NOT_PLANNED)
         status[ansatz] = {word: int((rows.status[mine] == code).sum()) for code, word in STATUS.items()}
     return {
-        "points": len(rows),
+        "points": int((rows.reason[METRICS[0]] != NOT_PLANNED).sum()),
         "used": {m: int(rows.usable(m).sum()) for m in metrics},
         "excluded": {m: rows.exclusions(m) for m in metrics},
         "censored": {m: int((rows.censored[m] & rows.usable(m)).sum()) for m in metrics},
@@ -163,7 +179,11 @@ def _fit_block(
 ) -> list[Fit]:
     """Joint fits of every full law, and the headline law molecule by molecule."""
     base = rows.usable(metric) & (rows.labels["ansatz"] == ansatz)
-    molecules = [m for m in dict.fromkeys(rows.labels["molecule"].tolist()) if np.any(base & (rows.labels["molecule"] == m))]
+    molecules = [
+        m
+        for m in dict.fromkeys(rows.labels["molecule"].tolist())
+        if np.any(base & (rows.labels["molecule"] == m))
+    ]
     jobs = [("all", law, base) for law in options.laws]
     if len(molecules) > 1:
         jobs += [(m, options.laws[0], base & (rows.labels["molecule"] == m)) for m in molecules]
@@ -173,7 +193,9 @@ def _fit_block(
         try:
             fits.append(fit_one(rows, mask, ansatz, metric, scope, LAWS[law], options))
         except UserError as error:
-            refused.append({"ansatz": ansatz, "metric": metric, "scope": scope, "law": law, "reason": str(error)})
+            refused.append(
+                {"ansatz": ansatz, "metric": metric, "scope": scope, "law": law, "reason": str(error)}
+            )
     return fits
 
 
@@ -205,11 +227,15 @@ def fit_one(
         for i, v in enumerate(law.variables)
     }
     if condition > WARN_CONDITION:
-        entry["warnings"].append(f"condition number {condition:.0f}: separate exponents are poorly determined")
+        entry["warnings"].append(
+            f"condition number {condition:.0f}: separate exponents are poorly determined"
+        )
     if len(entry["molecules"]) == 1:
         entry["warnings"].append("one molecule: no intercepts, nothing is said about other molecules")
     if head and "N" in law.variables and options.test_replicates:
-        test = infer.variable_test(solution, "N", options.test_replicates, seed_of(options.seed, label + "/N"))
+        test = infer.variable_test(
+            solution, "N", options.test_replicates, seed_of(options.seed, label + "/N")
+        )
         entry["tests"]["size_matters"] = asdict(test)
     if scope == "all":
         refits, jackknife = infer.leave_one_group_out(solution)
@@ -242,7 +268,9 @@ def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, 
             intervals[name] = None if upper is None else (0.0, upper)
     conservative = {}
     for name in profiled:
-        kinds = [k[name] for k in by_kind.values() if k.get(name) is not None and np.all(np.isfinite(k[name]))]
+        kinds = [
+            k[name] for k in by_kind.values() if k.get(name) is not None and np.all(np.isfinite(k[name]))
+        ]
         widths = [k[1] - k[0] for k in kinds]
         if widths and min(widths) > 0 and max(widths) > CONSERVATIVE_RATIO * min(widths):
             conservative[name] = kinds[int(np.argmax(widths))]
@@ -255,7 +283,9 @@ def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, 
         "parameters": raw,
         "centred": {n: float(solution.p[i] * design.median ** (1 / q)) for i, n in enumerate(law.amplitudes)},
         "median": design.median,
-        "intercepts": dict(zip(design.group_names, design.intercepts(beta).tolist(), strict=True)) if beta.size else {},
+        "intercepts": dict(zip(design.group_names, design.intercepts(beta).tolist(), strict=True))
+        if beta.size
+        else {},
         "scale": solution.scale,
         "objective": solution.objective_value,
         "objective_name": layout.objective.name,
@@ -308,10 +338,16 @@ def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]
     if law.floor is not None:
         row("without floor", lambda: infer.without_floor(head.solution))
     if len(design.group_names) > 1:
-        row("without intercepts", lambda: solve(design_of(rows, head.rows, head.metric, law, intercepts=False), objective))
+        row(
+            "without intercepts",
+            lambda: solve(design_of(rows, head.rows, head.metric, law, intercepts=False), objective),
+        )
     if "N" in law.variables:
         swapped = replace(rows, variables=rows.variables | {"N": rows.variables["M"]})
-        row("N = modulus parameters only", lambda: solve(design_of(swapped, head.rows, head.metric, law), objective))
+        row(
+            "N = modulus parameters only",
+            lambda: solve(design_of(swapped, head.rows, head.metric, law), objective),
+        )
     if head.metric == "v_score":
         for n_dof in ("electrons", "qubits"):
             for e_inf in ("sector", "identity", "zero"):
@@ -333,10 +369,21 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
     for molecule in entry["molecules"]:
         here = mine & (rows.labels["molecule"] == molecule)
         space = rows.molecules[molecule]["search_space"]
-        models[molecule] = {"search_space": space}
+        models[molecule] = {
+            "search_space": space,
+            "n_spin_orbitals": rows.molecules[molecule].get("n_spin_orbitals"),
+            "n_unique_flips": rows.molecules[molecule].get("n_unique_flips"),
+            "unique_per_step": float(np.median(rows.variables["S"][here]) * space),
+        }
         for key, flops in rows.flops.items():
             try:
-                kappa = allocate.fitted_kappa(rows.variables["N"][here], flops[here], space, rows.variables["D"][here], f"{key} of {molecule}")
+                kappa = allocate.fitted_kappa(
+                    rows.variables["N"][here],
+                    flops[here],
+                    space,
+                    rows.variables["D"][here],
+                    f"{key} of {molecule}",
+                )
                 models[molecule][key] = asdict(kappa)
             except UserError as error:
                 models[molecule][key] = {"reason": str(error)}
@@ -347,13 +394,24 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
         p, entry["intervals"], head.draws.raw if head.draws else None, test["p_value"] if test else None
     ) if {"A1", "a1", "A2", "a2"} <= set(p) else "the law has no size and time terms to balance"  # fmt: skip
     if why is not None:
-        return clean(out | {"status": allocate.NO_OPTIMUM, "reason": why, "exponent_N": None, "exponent_D": None, "interval_N": None})
+        return clean(
+            out
+            | {
+                "status": allocate.NO_OPTIMUM,
+                "reason": why,
+                "exponent_N": None,
+                "exponent_D": None,
+                "interval_N": None,
+            }
+        )
     share = p["a2"] / (p["a1"] + p["a2"])
     ends = None
     if head.draws is not None:
         cloud = head.draws.raw["a2"] / (head.draws.raw["a1"] + head.draws.raw["a2"])
         ends = np.nanpercentile(cloud, [2.5, 97.5]).tolist()
-    return clean(out | {"status": "ok", "reason": "", "exponent_N": share, "exponent_D": 1 - share, "interval_N": ends})
+    return clean(
+        out | {"status": "ok", "reason": "", "exponent_N": share, "exponent_D": 1 - share, "interval_N": ends}
+    )
 
 
 def clean(value: Any) -> Any:
@@ -373,7 +431,9 @@ def clean(value: Any) -> Any:
 
 def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:
     """All draws, residuals and fitted values, one group per fit."""
-    groups: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs={"title": "fits and bootstrap draws", "schema": SCHEMA})}
+    groups: dict[str, xr.Dataset] = {
+        "/": xr.Dataset(attrs={"title": "fits and bootstrap draws", "schema": SCHEMA})
+    }
     for fit in fits:
         layout, design = fit.solution.layout, fit.solution.layout.design
         law = design.law
@@ -383,12 +443,32 @@ def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:
         p = fit.draws.p if fit.draws is not None else np.zeros((0, layout.size))
         unit = "hartree" if fit.metric == "abs_error" else "1"
         data = {
-            "draws": (("replicate", "parameter"), full_table(fit.solution, p), {"units": "1", "long_name": "bootstrap refits, raw parameters"}),
-            "estimate": ("parameter", full_table(fit.solution, fit.solution.p[None])[0], {"units": "1", "long_name": "fitted raw parameters"}),
+            "draws": (
+                ("replicate", "parameter"),
+                full_table(fit.solution, p),
+                {"units": "1", "long_name": "bootstrap refits, raw parameters"},
+            ),
+            "estimate": (
+                "parameter",
+                full_table(fit.solution, fit.solution.p[None])[0],
+                {"units": "1", "long_name": "fitted raw parameters"},
+            ),
             "residual": ("point", fit.solution.residuals(), {"units": "1", "long_name": "log residual"}),
-            "fitted": ("point", np.exp(fit.solution.fitted()) * design.median, {"units": unit, "long_name": "fitted value"}),
-            "observed": ("point", design.value * design.median, {"units": unit, "long_name": "observed value"}),
-            "censored": ("point", design.censored, {"units": "1", "long_name": "known only to lie below the observed value"}),
+            "fitted": (
+                "point",
+                np.exp(fit.solution.fitted()) * design.median,
+                {"units": unit, "long_name": "fitted value"},
+            ),
+            "observed": (
+                "point",
+                design.value * design.median,
+                {"units": unit, "long_name": "observed value"},
+            ),
+            "censored": (
+                "point",
+                design.censored,
+                {"units": "1", "long_name": "known only to lie below the observed value"},
+            ),
         }
         coords: dict[str, Any] = {"parameter": names}
         for axis, labels in rows.labels.items():
@@ -396,7 +476,9 @@ def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:
         for v, column in COLUMNS.items():
             if column != "steps":
                 coords[column] = ("point", rows.variables[v][fit.rows], {"units": "1", "long_name": column})
-        groups["/" + fit.id] = xr.Dataset(data, coords, {"formula": law.formula, "objective": layout.objective.name})
+        groups["/" + fit.id] = xr.Dataset(
+            data, coords, {"formula": law.formula, "objective": layout.objective.name}
+        )
     return xr.DataTree.from_dict(groups)
 
 

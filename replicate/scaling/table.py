@@ -22,12 +22,12 @@ from replicate.spec import HoldoutSpec, UserError, VScoreSpec
 METRICS = ("v_score", "abs_error")
 AXES = ("molecule", "ansatz", "size", "steps", "variant", "seed")
 STATUS = {0: "missing", 1: "done", 2: "failed", 3: "invalid"}
+NOT_PLANNED = "not planned"
 #: Below so many unique samples a sampled variance says nothing: a collapsed sampler reports Var = 0.
 MIN_UNIQUE = 30
 #: |E - E_FCI| below so many standard errors, or units of float64 resolution, is only known to be small.
 CENSOR_STDERR, CENSOR_RESOLUTION = 3.0, 8.0
 #: A variant may join the fit if all it changes is a variable of the law.
-COVARIATE_KEYS = ("phase", "sampling")
 COVARIATE_SAMPLING = ("batch_max", "regime")
 
 
@@ -70,7 +70,13 @@ class Rows:
 
     def with_v_score(self, convention: VScoreSpec) -> Rows:
         """The same rows with the V-score in another convention."""
-        value = _v_score(convention, self.molecules, self.labels["molecule"], self.energies["energy"], self.energies["variance"])
+        value = _v_score(
+            convention,
+            self.molecules,
+            self.labels["molecule"],
+            self.energies["energy"],
+            self.energies["variance"],
+        )
         return replace(self, value=self.value | {"v_score": value}, v_score=convention)
 
     def ansatze(self) -> list[str]:
@@ -79,8 +85,8 @@ class Rows:
     def exclusions(self, metric: str, ansatz: str | None = None) -> dict[str, int]:
         """Reason -> number of rows, hold-outs included."""
         mask = np.ones(len(self), bool) if ansatz is None else self.labels["ansatz"] == ansatz
-        reasons = np.where(self.held_out, "held out", self.reason[metric])[mask]
-        names, counts = np.unique(reasons[reasons != ""], return_counts=True)
+        reasons = np.where(self.held_out & (self.reason[metric] == ""), "held out", self.reason[metric])[mask]
+        names, counts = np.unique(reasons[(reasons != "") & (reasons != NOT_PLANNED)], return_counts=True)
         return {str(n): int(c) for n, c in zip(names, counts, strict=True)}
 
 
@@ -122,7 +128,10 @@ def rows_of(
     def column(v: str) -> np.ndarray:
         return np.asarray(full[v].transpose(*AXES).values, float).ravel()
 
-    counts = {v: np.asarray(final[v].broadcast_like(final["status"]).transpose(*AXES).values, float).ravel() for v in ("n_total", "n_modulus", "n_phase")}
+    counts = {
+        v: np.asarray(final[v].broadcast_like(final["status"]).transpose(*AXES).values, float).ravel()
+        for v in ("n_total", "n_modulus", "n_phase")
+    }
     variables = {
         "N": counts["n_total"],
         "M": counts["n_modulus"],
@@ -135,9 +144,13 @@ def rows_of(
         str(m): {k: float(molecule[k].sel(molecule=m)) for k in molecule if molecule[k].dtype.kind in "fiu"}
         for m in molecule["molecule"].values
     }
-    at = {k: np.array([info[m].get(k, np.nan) for m in labels["molecule"]]) for k in next(iter(info.values()))}
+    at = {
+        k: np.array([info[m].get(k, np.nan) for m in labels["molecule"]]) for k in next(iter(info.values()))
+    }
     energy, stderr, variance = column("energy"), column("energy_stderr"), column("variance")
     status = np.asarray(final["status"].transpose(*AXES).values).ravel().astype(int)
+    # Cells of the grid that the spec never asked for are no missing points.
+    planned = column("planned") > 0 if "planned" in final else np.ones(status.shape, bool)
     n_unique = column("n_unique_mean")
     used_variants = _variants(spec, final["variant"].values.astype(str).tolist(), variants, name)
 
@@ -145,8 +158,11 @@ def rows_of(
     for code, word in STATUS.items():
         if code != 1:
             base[status == code] = word
-    base[(base == "") & ~np.isin(labels["variant"], used_variants)] = "variant changes more than a variable of the law"
-    sampled = stderr > 0
+    base[~planned & (status == 0)] = NOT_PLANNED
+    base[(base == "") & ~np.isin(labels["variant"], used_variants)] = (
+        "variant changes more than a variable of the law"
+    )
+    sampled = column("exact") == 0 if "exact" in final else stderr > 0
     value, noise, censored, reason = {}, {}, {}, {}
 
     def mark(target: np.ndarray, condition: np.ndarray, word: str) -> None:
@@ -162,7 +178,9 @@ def rows_of(
 
     e_fci = at.get("e_fci", np.full(energy.shape, np.nan))
     error = energy - e_fci
-    limit = np.maximum(CENSOR_STDERR * np.nan_to_num(stderr), CENSOR_RESOLUTION * np.spacing(np.abs(np.nan_to_num(energy))))
+    limit = np.maximum(
+        CENSOR_STDERR * np.nan_to_num(stderr), CENSOR_RESOLUTION * np.spacing(np.abs(np.nan_to_num(energy)))
+    )
     why = base.copy()
     mark(why, ~np.isfinite(e_fci), "no reference energy")
     mark(why, ~np.isfinite(energy), "not finite")
@@ -174,22 +192,41 @@ def rows_of(
     value["abs_error"] = np.where(low, limit, np.abs(error))
 
     for metric in METRICS:
-        bad = ~(np.isfinite(variables["D"]) & (variables["D"] > 0))
-        mark(reason[metric], bad, "no training time recorded")
+        for variable, word in (("D", "no training time recorded"), ("N", "no parameter count")):
+            mark(reason[metric], ~(variables[variable] > 0), word)
         reason[metric] = reason[metric].astype(str)
-    held = _held_out(holdout, labels)
+    held = _held_out(holdout, labels) | (column("held_out") > 0 if "held_out" in final else False)
     truth = {m: np.where(held & (reason[m] == ""), value[m], np.nan) for m in METRICS}
     for metric in METRICS:
         value[metric] = np.where(held, np.nan, value[metric])
     flops = {k: column(k) for k in ("flops_estimated", "flops_executed") if k in final}
     # Energies of hold-outs are blanked too: a V-score could be made of them.
     energies = {"energy": np.where(held, np.nan, energy), "variance": np.where(held, np.nan, variance)}
-    rows = Rows(labels, variables, value, noise, censored, reason, held, status, flops, energies, info, spec, v_score, dict(tree.attrs))
+    rows = Rows(
+        labels,
+        variables,
+        value,
+        noise,
+        censored,
+        reason,
+        held,
+        status,
+        flops,
+        energies,
+        info,
+        spec,
+        v_score,
+        dict(tree.attrs),
+    )
     return rows, truth
 
 
 def _v_score(
-    convention: VScoreSpec, info: Mapping[str, Mapping[str, float]], molecule: np.ndarray, energy: np.ndarray, variance: np.ndarray
+    convention: VScoreSpec,
+    info: Mapping[str, Mapping[str, float]],
+    molecule: np.ndarray,
+    energy: np.ndarray,
+    variance: np.ndarray,
 ) -> np.ndarray:
     """V = N_dof Var / (E - E_inf)^2 in a convention (SCIENCE section 5), (n,)."""
 
@@ -237,7 +274,14 @@ def _only_covariates(table: Mapping[str, Any]) -> bool:
 
 def _held_out(holdout: HoldoutSpec, labels: Mapping[str, np.ndarray]) -> np.ndarray:
     """(n,) True for rows that the spec keeps from the fit (spec.Study.is_holdout, by label)."""
-    axis_of = {"molecules": "molecule", "ansatze": "ansatz", "sizes": "size", "steps": "steps", "variants": "variant", "seeds": "seed"}
+    axis_of = {
+        "molecules": "molecule",
+        "ansatze": "ansatz",
+        "sizes": "size",
+        "steps": "steps",
+        "variants": "variant",
+        "seeds": "seed",
+    }
     held = np.zeros(labels["seed"].shape, bool)
     for axis in ("molecules", "sizes", "steps"):
         held |= np.isin(labels[axis_of[axis]], list(getattr(holdout, axis)))
@@ -282,7 +326,9 @@ def read_csv(path: Path, numeric: list[str], labels: list[str]) -> dict[str, np.
         raise UserError(f"{path}: no rows below the header")
     short = [i for i, row in rows if len(row) != len(header)]
     if short:
-        raise UserError(f"{path}: line {short[0]} has another number of cells than the header ({len(short)} such lines)")
+        raise UserError(
+            f"{path}: line {short[0]} has another number of cells than the header ({len(short)} such lines)"
+        )
     out: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(numeric):
         j = header.index(name)

@@ -40,7 +40,12 @@ def score_hold_outs(rows: Rows, truth: dict[str, np.ndarray], head: Fit, options
     rng = np.random.default_rng(options.seed)
     group = rows.labels["molecule"][mask]
     cloud = predictive(
-        head.solution, head.draws.p, {v: rows.variables[v][mask] for v in law.variables}, group, rng, PREDICTIVE_DRAWS
+        head.solution,
+        head.draws.p,
+        {v: rows.variables[v][mask] for v in law.variables},
+        group,
+        rng,
+        PREDICTIVE_DRAWS,
     )
     centre = np.median(cloud, axis=0)
     ends = np.percentile(cloud, [5, 95], axis=0)
@@ -50,7 +55,10 @@ def score_hold_outs(rows: Rows, truth: dict[str, np.ndarray], head: Fit, options
             "parameters": head.entry["parameters"],
             "points": [
                 {axis: str(rows.labels[axis][i]) for axis in rows.labels}
-                | {"prediction": float(np.exp(centre[j])), "interval_90": [float(v) for v in np.exp(ends[:, j])]}
+                | {
+                    "prediction": float(np.exp(centre[j])),
+                    "interval_90": [float(v) for v in np.exp(ends[:, j])],
+                }
                 for j, i in enumerate(np.flatnonzero(mask))
             ],
         }
@@ -82,7 +90,14 @@ def arm_effect(a1: float, a2: float, factor: float, floor_share: float = 0.0) ->
 
 
 def seeds_needed(
-    sigma: float, a1: float, a2: float, factor: float, *, floor_share: float = 0.0, level: float = 0.05, power: float = 0.8
+    sigma: float,
+    a1: float,
+    a2: float,
+    factor: float,
+    *,
+    floor_share: float = 0.0,
+    level: float = 0.05,
+    power: float = 0.8,
 ) -> int:
     """Seeds per arm that show the nearer of the two neighbours to be worse (one-sided z test of mean ln L)."""
     effect = min(arm_effect(a1, a2, factor, floor_share))
