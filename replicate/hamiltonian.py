@@ -27,6 +27,7 @@ from replicate.sector import from_key_layout, to_key_layout
 
 __all__ = [
     "Connected",
+    "Elements",
     "Hamiltonian",
     "Kernel",
     "from_openfermion",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 _CPU_SCRATCH, _DEVICE_SCRATCH = 32 << 20, 1 << 30  # bytes; on a CPU the scratch should stay in the last cache
+_PAIRS_BELOW = (
+    16  # determinants per pattern up to which comparing all pairs beats trying all patterns (measured)
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,19 @@ class Connected:
 
     row: Tensor
     key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Matrix elements between the determinants of one set: row and column int64 (P,), value float64 (P,),
+    Hartree.
+
+    Both triangles and the whole diagonal, each element once, in no particular but a fixed order.
+    """
+
+    row: Tensor
+    column: Tensor
     value: Tensor
 
 
@@ -67,6 +84,9 @@ class Kernel:
         layout = partial(to_key_layout, n_orbitals=hamiltonian.n_qubits // 2, order=order)
         # column 0 is the diagonal, then the linear patterns, then the tabulated ones, then the rest
         self._flips = self._tensor(layout(plan.flips))
+        self._sorted_flips, self._sorted_columns = torch.sort(self._flips)
+        self._most_flips = int(popcount(plan.flips).max())
+        self._outer = self._tensor(layout(plan.outer))
         self._n_linear, self._n_general = plan.n_linear, plan.n_general
         self._conserve = self._tensor(plan.conserve).to(torch.float32)
         self._code = self._tensor(plan.code).to(torch.float32)
@@ -84,7 +104,9 @@ class Kernel:
         self._general_weights = self._tensor(plan.general_weights)
         # where the key layout keeps qubit q: occupations are read in qubit order, that of the tables
         qubits = np.int64(1) << np.arange(hamiltonian.n_qubits, dtype=np.int64)
-        self._shifts = self._tensor(popcount(layout(qubits) - 1))
+        shifts = popcount(layout(qubits) - 1)
+        self._shifts = self._tensor(shifts)
+        self._local_shifts = self._tensor(np.append(shifts, [63] * (64 - len(shifts)))[plan.local].T)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -130,9 +152,12 @@ class Kernel:
         return sum(int(self._balanced(part)[0].sum()) for part in keys.split(rows)) if len(keys) else 0
 
     def _chunk_rows(self, max_bytes: int | None) -> int:
-        if max_bytes is None:
-            max_bytes = _CPU_SCRATCH if self.device.type == "cpu" else _DEVICE_SCRATCH
-        return max(1, max_bytes // (24 * len(self._flips)))
+        return max(1, self._scratch(max_bytes) // (24 * len(self._flips)))
+
+    def _scratch(self, max_bytes: int | None) -> int:
+        if max_bytes is not None:
+            return max_bytes
+        return _CPU_SCRATCH if self.device.type == "cpu" else _DEVICE_SCRATCH
 
     def _chunks(self, keys: Tensor, max_bytes: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         rows = self._chunk_rows(max_bytes)
@@ -153,20 +178,24 @@ class Kernel:
         column = pair - row * len(self._flips)
         occupied = (1 - spins.to(torch.float32)) / 2
         code = (occupied @ self._code).view(-1).take(pair).to(torch.int64)
+        value = self._values(keys, spins, row, column, code)
+        key = keys.take(row) ^ self._flips.take(column)
+        if self._may_vanish:
+            keep = torch.nonzero((value.abs() > NEGLIGIBLE) | (column == 0))[:, 0]
+            row, key, value = row.take(keep), key.take(keep), value.take(keep)
+        return row, key, value
+
+    def _values(self, keys: Tensor, spins: Tensor, row: Tensor, column: Tensor, code: Tensor) -> Tensor:
+        """<x|H|x ^ flip> for pairs (row of `keys`, column of the tables) that stay in the sector: float64."""
         value = self._table.take(column * (2 * LOCAL) + (code & (2 * LOCAL - 1)))
-        # diagonal and linear patterns have a factor that depends on all occupations; others take the last
-        # column, 1
+        # diagonal and linear patterns have a factor that depends on all occupations; others take the last, 1
         factor = torch.ones(len(keys), self._n_linear + 2, dtype=torch.float64, device=self.device)
         factor[:, 0] = self._diagonal(keys, spins)
         factor[:, 1:-1] = torch.addmm(self._linear_constant, spins, self._linear)
         value *= factor.view(-1).take(row * (self._n_linear + 2) + column.clamp(max=self._n_linear + 1))
         if self._n_general:
             self._add_general(keys, row, column, value)
-        key = keys.take(row) ^ self._flips.take(column)
-        if self._may_vanish:
-            keep = torch.nonzero((value.abs() > NEGLIGIBLE) | (column == 0))[:, 0]
-            row, key, value = row.take(keep), key.take(keep), value.take(keep)
-        return row, key, value
+        return value
 
     def _add_general(self, keys: Tensor, row: Tensor, column: Tensor, value: Tensor) -> None:
         """Values of patterns that fit neither form, string by string, into `value`."""
@@ -185,6 +214,19 @@ class Kernel:
         total = torch.zeros(len(entry), dtype=torch.float64, device=self.device)
         value[entry] = total.index_add_(0, owner, sign * self._general_weights[string])
 
+    def within(self, keys_sorted: Tensor, max_bytes: int | None = None) -> Elements:
+        """The nonzero elements between the given keys: int64 (B,), ascending and distinct.
+
+        The same as `connected` without the connected determinants that are not among the keys, and much
+        faster where those are most of them.
+        """
+        rows, columns, values = [], [], []
+        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
+            rows.append(row + start)
+            columns.append(column)
+            values.append(value)
+        return Elements(_join(rows), _join(columns), _join(values))
+
     def sector_matrix(self, keys_sorted: Tensor, max_bytes: int | None = None) -> Tensor:
         """<x|H|x'> restricted to the given keys: sparse CSR float64 (B, B) with int32 indices, rows sorted.
 
@@ -195,9 +237,9 @@ class Kernel:
         if size > 1 and not bool((keys_sorted[1:] > keys_sorted[:-1]).all()):
             raise ValueError("keys_sorted: not ascending and distinct")
         counts, columns, values = [], [], []
-        for start, row, column, value in self._inside(keys_sorted, max_bytes):
+        for _, rows, row, column, value in self._inside(keys_sorted, max_bytes):
             order = torch.argsort(row * size + column)
-            counts.append(torch.bincount(row, minlength=min(self._chunk_rows(max_bytes), size - start)))
+            counts.append(torch.bincount(row, minlength=rows))
             columns.append(column.take(order).to(torch.int32))
             values.append(value.take(order))
         offsets = torch.zeros(size + 1, dtype=torch.int64, device=self.device)
@@ -217,18 +259,61 @@ class Kernel:
         repeated products of a matrix that fits, that is about 50 times as fast.
         """
         out = torch.zeros_like(vectors)
-        for start, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
+        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
             out.index_add_(0, row + start, value[:, None] * vectors[column])
         return out
 
     def _inside(
-        self, keys_sorted: Tensor, max_bytes: int | None
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """First row of a chunk, row in the chunk, column and value of the elements between the given keys."""
-        for start, row, key, value in self._chunks(keys_sorted, max_bytes):
-            column = torch.searchsorted(keys_sorted, key).clamp_(max=len(keys_sorted) - 1)
-            found = torch.nonzero(keys_sorted.take(column) == key)[:, 0]
-            yield start, row.take(found), column.take(found), value.take(found)
+        self, keys: Tensor, max_bytes: int | None
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """First row and number of rows of a chunk; row in the chunk, column and value of its elements."""
+        if len(keys) < _PAIRS_BELOW * len(self._flips):
+            yield 0, len(keys), *self._by_distance(keys, max_bytes)
+            return
+        for start, row, key, value in self._chunks(keys, max_bytes):
+            column = torch.searchsorted(keys, key).clamp_(max=len(keys) - 1)
+            found = torch.nonzero(keys.take(column) == key)[:, 0]
+            rows = min(self._chunk_rows(max_bytes), len(keys) - start)
+            yield start, rows, row.take(found), column.take(found), value.take(found)
+
+    def _by_distance(self, keys: Tensor, max_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Elements between few keys: pairs that differ on few qubits, found by one GEMM of all with all."""
+        spins = self._spins(keys, torch.float64)
+        spins32 = spins.to(torch.float32)
+        size = len(keys)
+        every = torch.arange(size, device=self.device)
+        rows, columns = [every], [every]
+        step = max(1, self._scratch(max_bytes) // (6 * max(size, 1)))
+        for start in range(0, size, step):
+            # the product of two determinants' spins is n - 2 x the number of qubits on which they differ
+            overlap = spins32[start : start + step] @ spins32[start:].T
+            close = torch.nonzero((overlap >= self.n_qubits - 2 * self._most_flips).view(-1))[:, 0]
+            row = torch.div(close, size - start, rounding_mode="floor")
+            column = close - row * (size - start)
+            above = torch.nonzero(column > row)[:, 0]
+            rows.append(row.take(above) + start)
+            columns.append(column.take(above) + start)
+        row, column = _join(rows), _join(columns)
+        flip = keys.take(row) ^ keys.take(column)
+        place = torch.searchsorted(self._sorted_flips, flip).clamp_(max=len(self._flips) - 1)
+        known = torch.nonzero(self._sorted_flips.take(place) == flip)[:, 0]
+        row, column, pattern = (
+            row.take(known),
+            column.take(known),
+            self._sorted_columns.take(place.take(known)),
+        )
+        key = keys.take(row)
+        code = LOCAL * ((1 - _signs(key & self._outer.take(pattern), torch.int64)) // 2)
+        for j, shifts in enumerate(self._local_shifts):
+            code += ((key >> shifts.take(pattern)) & 1) << j
+        value = self._values(keys, spins, row, pattern, code)
+        keep = torch.nonzero((value.abs() > NEGLIGIBLE) | (row == column))[:, 0]
+        row, column, value = row.take(keep), column.take(keep), value.take(keep)
+        return (
+            torch.cat([row, column[size:]]),
+            torch.cat([column, row[size:]]),
+            torch.cat([value, value[size:]]),
+        )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -29,6 +29,10 @@ class Plan:
     flips: NDArray[np.int64]
     n_linear: int
     n_general: int
+    outer: NDArray[np.int64]  # (columns,): the common Z outside the flipped qubits
+    local: NDArray[
+        np.int64
+    ]  # (columns, 4): the flipped qubits, ascending; 63, an empty bit, where there are fewer
     conserve: NDArray[np.float64]
     code: NDArray[np.float64]
     table: NDArray[np.float64]  # (columns, 32): [local + 16 parity]
@@ -66,7 +70,7 @@ def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
             general.append((flip, strings, np.int64(0)))
     columns = [(np.int64(0), slice(0, 0), np.int64(0)), *linear, *tabulated, *general]
     conserve, code = np.zeros((n, len(columns))), np.zeros((n, len(columns)))
-    table = np.zeros((len(columns), 2 * LOCAL))
+    table, local_qubits = np.zeros((len(columns), 2 * LOCAL)), np.full((len(columns), 4), 63)
     linear_constant, linear_factor = np.zeros(len(linear)), np.zeros((n, len(linear)))
     may_vanish = bool(linear or general)
     for c, (flip, strings, outer) in enumerate(columns):
@@ -76,6 +80,7 @@ def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
         if c == 0 or c > len(linear) + len(tabulated):
             table[c] = 1.0  # the whole element comes as a factor, or is filled in by `_add_general`
             continue
+        local_qubits[c, : len(flipped)] = flipped
         code[flipped, c] = 2.0 ** np.arange(len(flipped))
         code[_positions(outer), c] = LOCAL
         parity = np.repeat([1.0, -1.0], LOCAL)
@@ -108,6 +113,8 @@ def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
         flips=np.array([flip for flip, _, _ in columns], dtype=np.int64),
         n_linear=len(linear),
         n_general=len(general),
+        outer=np.array([outer for _, _, outer in columns], dtype=np.int64),
+        local=local_qubits,
         conserve=conserve,
         code=code,
         table=table,

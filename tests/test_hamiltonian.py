@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openfermion.chem.molecular_data import spinorb_from_spatial
 
+from replicate import hamiltonian as hamiltonian_module
 from replicate.hamiltonian import (
     Hamiltonian,
     Kernel,
@@ -284,6 +285,11 @@ def test_kernel_takes_any_real_operator(order: str) -> None:
     assert fast._n_general > 10
     check_connected(fast, keys, matrix, np.arange(len(keys)), None)
     check_connected(fast, keys, matrix, np.array([3, 3, 1]), 1)
+    for pairs_below in (0, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hamiltonian_module, "_PAIRS_BELOW", pairs_below)
+            ours = fast.sector_matrix(torch.from_numpy(keys)).to_dense().numpy()
+        np.testing.assert_allclose(ours, matrix, atol=1e-12, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -293,12 +299,27 @@ def test_sector_matrix_of_a_part_is_that_part_and_symmetric(data: st.DataObject)
     _, keys, matrix = dense(name, "reversed")
     part = np.array(sorted(data.draw(st.sets(st.integers(0, len(keys) - 1), min_size=1, max_size=60))))
     max_bytes = data.draw(st.sampled_from([None, 1, 50_000]))
-    ours = kernel(name, "reversed").sector_matrix(torch.from_numpy(keys[part]), max_bytes=max_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            hamiltonian_module, "_PAIRS_BELOW", data.draw(st.sampled_from([0, 10**9]))
+        )  # both roads
+        check_part(name, keys[part], matrix[np.ix_(part, part)], max_bytes)
+
+
+def check_part(name: str, keys: np.ndarray, matrix: np.ndarray, max_bytes: int | None) -> None:
+    fast, batch = kernel(name, "reversed"), torch.from_numpy(keys)
+    ours = fast.sector_matrix(batch, max_bytes=max_bytes)
     ours_dense = ours.to_dense().numpy()
-    np.testing.assert_allclose(ours_dense, matrix[np.ix_(part, part)], atol=2e-12, rtol=0)
+    np.testing.assert_allclose(ours_dense, matrix, atol=2e-12, rtol=0)
     np.testing.assert_array_equal(ours_dense, ours_dense.T)
-    vectors = torch.from_numpy(np.random.default_rng(len(part)).normal(size=(len(part), 2)))
-    streamed = kernel(name, "reversed").apply(torch.from_numpy(keys[part]), vectors, max_bytes=max_bytes)
+    listed = fast.within(batch, max_bytes=max_bytes)
+    rebuilt = torch.zeros_like(ours.to_dense()).index_put_(
+        (listed.row, listed.column), listed.value, accumulate=True
+    )
+    torch.testing.assert_close(rebuilt, ours.to_dense(), atol=0, rtol=0)
+    assert len(listed.row) == len(ours.values())
+    vectors = torch.from_numpy(np.random.default_rng(len(keys)).normal(size=(len(keys), 2)))
+    streamed = fast.apply(batch, vectors, max_bytes=max_bytes)
     torch.testing.assert_close(streamed, ours @ vectors, atol=1e-11, rtol=0)
     torch.sparse_csr_tensor(
         ours.crow_indices(), ours.col_indices(), ours.values(), ours.shape, check_invariants=True
