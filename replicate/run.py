@@ -89,6 +89,7 @@ class Progress:
     n_samples: int = 0
     flops_executed: int = 0
     wall_seconds: float = 0.0
+    wall_parts: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
 
     @classmethod
@@ -113,10 +114,8 @@ class Progress:
             "run/n_unique": torch.from_numpy(self.n_unique.copy()),
             "run/records": torch.tensor(self.records, dtype=torch.float64).reshape(-1, len(HISTORY)),
         }
-        own = {
-            name: getattr(self, name)
-            for name in ("step", "n_samples", "flops_executed", "wall_seconds", "resumed")
-        }
+        names = ("step", "n_samples", "flops_executed", "wall_seconds", "wall_parts", "resumed")
+        own = {name: getattr(self, name) for name in names}
         return Checkpoint(
             step=checkpoint.step, tensors=tensors, meta={"trainer": checkpoint.meta, "run": own}
         )
@@ -215,7 +214,15 @@ def run_point(
     run = train(point, molecule, device=device, resume=resume)
     kept = set(record_grid(point.steps).tolist())
     began = last_time = time.perf_counter()
-    earlier, last_step = progress.wall_seconds, progress.step
+    last_step = progress.step
+    earlier, earlier_parts = progress.wall_seconds, progress.wall_parts
+
+    def clock() -> None:
+        """Bring the wall times up to now, those of interrupted parts included."""
+        progress.wall_seconds = earlier + time.perf_counter() - began
+        now = getattr(run, "wall_parts", {})
+        progress.wall_parts = {name: earlier_parts.get(name, 0.0) + value for name, value in now.items()}
+
     for record in run:
         progress.add(record, keep=progress.step + 1 in kept)
         on_step(progress.step)
@@ -226,14 +233,14 @@ def run_point(
             every.steps and progress.step - last_step >= every.steps
         )
         if stopping or due:
-            progress.wall_seconds = earlier + time.perf_counter() - began
+            clock()
             store.write_checkpoint(point.id, progress.into(run.checkpoint()))
             last_time, last_step = time.perf_counter(), progress.step
         if stopping:
             return None
     if progress.step != point.steps:
         raise RuntimeError(f"the trainer ended after {progress.step} of {point.steps} steps")
-    progress.wall_seconds = earlier + time.perf_counter() - began
+    clock()
     began = time.perf_counter()
     evaluation = run.evaluate()
     evaluation_seconds = time.perf_counter() - began
@@ -305,7 +312,7 @@ def _dataset(
             "resumed": progress.resumed,
             "invalid_reason": invalid,
             "flops_estimated_parts": json.dumps(parts, sort_keys=True),
-            "wall_parts": json.dumps(dict(getattr(run, "wall_parts", {})), sort_keys=True),
+            "wall_parts": json.dumps(progress.wall_parts, sort_keys=True),
         },
     )
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"  # before numpy and torch load: bits must not depend on the machine's cores
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"  # for the processes that tests start: bits must not depend on the machine's cores
 
 # One point (H2, MADE, 3 steps), with more molecules, ansatze and sizes to choose from.
 TINY_SPEC = """\
@@ -52,7 +50,7 @@ s = { d = 8, heads = 2, ff = 8, layers = 1 }
 
 @pytest.fixture
 def write_spec(tmp_path: Path) -> Callable[..., Path]:
-    """write_spec(("old", "new"), ..., add="text at the end") writes the tiny spec with changes and returns its path."""
+    """write_spec(("old", "new"), ..., add="text at the end"): the tiny spec with changes, as a file."""
 
     def write(*changes: tuple[str, str], add: str = "", name: str = "tiny.toml") -> Path:
         text = TINY_SPEC

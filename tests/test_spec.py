@@ -439,7 +439,7 @@ def test_malformed_spec_gets_one_clear_line(name: str, tmp_path: Path, write_spe
 @pytest.mark.parametrize("where", ["none.toml", ".", "none/none.toml"])
 def test_missing_spec(tmp_path: Path, where: str) -> None:
     (line,) = problems(tmp_path / where)
-    assert line.startswith(str(tmp_path / where)) or line.startswith(str(tmp_path))
+    assert line.startswith(str(tmp_path))
     assert "no such file" in line or "is a folder" in line
 
 

@@ -334,9 +334,14 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half", encoding="utf-8")
-        raise ZeroDivisionError
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half", encoding="utf-8")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()} == {"x": "old"}
 
 

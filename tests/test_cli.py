@@ -1,0 +1,210 @@
+"""The commands as a user types them: exit status, what is printed, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xarray as xr
+
+from replicate.cli import main
+from replicate.cube import MOLECULE
+from replicate.run import run_point
+from replicate.spec import Study, load_study
+from replicate.store import Store
+
+WriteSpec = Callable[..., Path]
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("plan", "run", "status", "collect", "fit", "allocate", "molecule", "flops", "verify")
+
+
+@pytest.fixture
+def spec(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of four points, and its folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return write_spec(('sizes = ["xs"]', 'sizes = ["xs", "s"]'), ("seeds = [0]", "seeds = [0, 1]"))
+
+
+@pytest.fixture
+def trained(spec: Path, tmp_path: Path) -> tuple[Study, Store]:
+    """Three points trained, one failed."""
+    study = load_study(spec)
+    store = Store.of(study, tmp_path / "artifacts")
+    store.prepare()
+    for point in study.points[:3]:
+        run_point(point, store, cache=tmp_path / "artifacts" / ".molecules")
+    store.write_error(study.points[3], ValueError("made up"))
+    return study, store
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m replicate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["plan"], ["run", "x.toml", "--workers", "0"]])
+def test_bad_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_plan_lists_every_point(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(spec), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    study = load_study(spec)
+    assert [row["id"] for row in record["points"]] == [p.id for p in study.points]
+    assert record["n_left"] == 4
+    row = record["points"][0]
+    assert row["n_total"] == row["n_modulus"] + row["n_phase"]
+    assert main(["plan", str(spec)]) == 0
+    table = capsys.readouterr().out
+    assert all(p.id in table for p in study.points)
+    assert not (spec.parent / "artifacts").exists()
+
+
+def test_plan_estimates_flops_where_m_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT / "specs" / "study.toml"), "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out)["points"]:
+        assert row["flops_estimated"] > 0
+        assert row["seconds_estimated"] > 0
+
+
+def test_status_agrees_with_the_files(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = trained
+    assert main(["status", str(spec), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["counts"] == {"done": 3, "running": 0, "failed": 1, "missing": 0}
+    files = {path.stem for path in store.points.glob("*.nc")}
+    assert {row["id"] for row in record["points"] if row["state"] == "done"} == files
+    assert [row["reason"] for row in record["points"] if row["state"] == "failed"] == ["ValueError: made up"]
+    assert main(["status", str(spec)]) == 0
+    assert "tiny: 3 done, 0 running, 1 failed, 0 missing" in capsys.readouterr().out
+
+
+def test_collect_says_what_it_found(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["collect", str(spec)]) == 0
+    path = Path("artifacts/tiny/cube.nc")
+    assert capsys.readouterr().out == f"{path}: 4 points: 0 missing, 3 done, 1 failed, 0 invalid\n"
+    with xr.open_datatree(path, engine="netcdf4") as tree:
+        assert tree["final"]["status"].sum() == 5
+
+
+def test_molecule_has_the_names_of_the_cube(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (spec.parent / "h2.xyz").write_text("2\n\nH 0 0 0\nH 0 0 1.5\n", encoding="utf-8")
+    assert main(["molecule", "h2.xyz", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(MOLECULE) | {"hamiltonian_sha256"} <= set(record)
+    main(["collect", str(spec)])
+    with xr.open_datatree("artifacts/tiny/cube.nc", engine="netcdf4") as tree:
+        stored = tree["molecule"].to_dataset().sel(molecule="H2").load()
+    assert {name: stored[name].item() for name in MOLECULE} == {name: record[name] for name in MOLECULE}
+    assert stored["hamiltonian_sha256"].item() == record["hamiltonian_sha256"]
+
+
+def test_molecule_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = str(ROOT / "specs" / "molecules.toml")
+    assert main(["molecule", "H2", "--molecules", table, "--artifacts", str(tmp_path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["name"], record["n_spin_orbitals"], record["search_space"]) == ("H2", 4, 4)
+    assert main(["molecule", "H20", "--molecules", table]) == 2
+    assert "unknown molecule 'H20', did you mean \"H2\"?" in capsys.readouterr().err
+
+
+def test_flops_beside_each_other(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, store = trained
+    assert main(["flops", str(spec), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["id"] for row in rows] == [p.id for p in study.points[:3]]  # M of the fourth is not known
+    for row in rows:
+        data = store.read_point(row["id"])
+        assert data is not None
+        parts = {name: value for name, value in row["parts"].items() if name != "total"}
+        assert sum(parts.values()) == row["parts"]["total"] == float(data["flops_estimated"])
+        assert row["ratio"] == row["parts"]["total"] / float(data["flops_executed"])
+
+
+def test_verify_tells_the_same_from_the_tampered(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, store = trained
+    assert main(["verify", str(spec), "--sample", "3", "--json"]) == 0
+    verdicts = json.loads(capsys.readouterr().out)
+    assert {v["outcome"] for v in verdicts} == {"identical"}
+    assert len(verdicts) == 3
+    data = store.read_point(study.points[0].id)
+    assert data is not None
+    store.point_path(study.points[0].id).unlink()
+    store.write_point(study.points[0].id, data.assign(energy=data["energy"] + 1e-12))
+    assert main(["verify", str(spec), "--only", study.points[0].id]) == 1
+    out = capsys.readouterr().out
+    assert "different (same machine and versions)" in out
+    assert "differs: energy" in out
+    assert "0 of 1 points verified" in out
+
+
+def test_verify_allows_rounding_on_another_machine_only(trained: tuple[Study, Store]) -> None:
+    from replicate.verify import compare
+
+    study, store = trained
+    stored = store.read_point(study.points[0].id)
+    assert stored is not None
+    record = json.loads(stored.attrs["provenance"])
+    record["hardware"]["cpu"] = "another processor"
+    elsewhere = stored.assign_attrs(provenance=json.dumps(record))
+    near, far = (stored.assign(energy=stored["energy"] + shift) for shift in (5e-4, 5e-3))
+    outcomes = [
+        compare(study.points[0], a, b).outcome for a in (stored, elsewhere) for b in (stored, near, far)
+    ]
+    assert outcomes == ["identical", "different", "different", "identical", "close", "different"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["run", "tiny.toml", "--engine", "dask"],
+            "--engine dask: not available in this version; allowed local",
+        ),
+        (
+            ["run", "tiny.toml", "--only", "0123456789ab"],
+            "tiny.toml: no point 0123456789ab; `plan` lists the ids",
+        ),
+        (["run", "tiny.toml", "--workers", "9999"], "--workers 9999 --threads 1: more than this machine's"),
+        (["collect", "tiny.toml"], "artifacts/tiny/points: no such folder; run the study first"),
+        (["verify", "tiny.toml"], "artifacts/tiny/points: no stored point to verify"),
+        (["molecule", "none.xyz"], "none.xyz"),
+        (["molecule", "H2"], "specs/molecules.toml: no such file"),
+    ],
+)
+def test_mistakes_get_one_line_and_2(
+    spec: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not (spec.parent / "artifacts").exists()
+
+
+def test_results_folder_that_cannot_be_written_is_one_line_and_1(
+    spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("artifacts").write_text("a file where the folder should be", encoding="utf-8")
+    assert main(["run", str(spec)]) == 1
+    assert capsys.readouterr().err == "artifacts/tiny/points: cannot be written (Not a directory)\n"
