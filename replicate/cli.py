@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import replicate.scaling.commands as scaling
 from replicate import __version__
 from replicate.provenance import available_cores
-from replicate.scaling import commands as scaling
 from replicate.spec import MoleculeSpec, Point, Study, UserError, load_study, molecule_from_file
 from replicate.store import Store, StoreError
 
