@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-#: name: n (spin-orbitals), n_alpha, n_beta, Pauli terms, unique flips M, E_HF, E_FCI (Ha), E_inf sector, identity
+#: name: n (spin-orbitals), n_alpha, n_beta, Pauli terms, unique flips M, E_HF, E_FCI (Ha), E_inf sector,
+#: identity
 MOLECULES: dict[str, tuple[int, int, int, int, int, float, float, float, float]] = {
     "H2O": (14, 5, 5, 1654, 228, -74.96444758, -75.01553019, -61.10821319, -46.46560078),
     "N2": (20, 7, 7, 2951, 534, -107.49896754, -107.66020642, -86.38468603, -66.29543095),
@@ -103,6 +104,7 @@ class CubeOptions:
     invalid: float = 0.0
     missing: float = 0.0
     records: int = 12
+    checkpoint_sigma: float = 0.1
     schedule: str = "cosine"
     hold_outs: str = ""
     seed: int = 0
@@ -139,7 +141,7 @@ def synthetic_cube(options: CubeOptions = CubeOptions()) -> xr.DataTree:
     info = [MOLECULES[m] for m in o.molecules]
     space = np.array([_search_space(*row[:3]) for row in info], float)
 
-    count = np.zeros(shape[:3] + (shape[4],), np.int64)
+    count = np.zeros((*shape[:3], shape[4]), np.int64)
     count_phase = np.zeros_like(count)
     for i, row in enumerate(info):
         for j, ansatz in enumerate(o.ansatze):
@@ -162,9 +164,9 @@ def synthetic_cube(options: CubeOptions = CubeOptions()) -> xr.DataTree:
     size_total = np.broadcast_to(total[:, :, :, None, :, None], shape)
 
     draw = (
-        rng.standard_normal(shape + (2,))
+        rng.standard_normal((*shape, 2))
         if o.student_nu is None
-        else rng.standard_t(o.student_nu, shape + (2,))
+        else rng.standard_t(o.student_nu, (*shape, 2))
     )
     spread = o.molecule_spread * rng.standard_normal((shape[0], 2))
     spread -= spread.mean(axis=0)
@@ -254,16 +256,27 @@ def synthetic_cube(options: CubeOptions = CubeOptions()) -> xr.DataTree:
     grid = np.unique(np.round(np.geomspace(1, max(o.steps), o.records)).astype(int))
     grid = np.concatenate([grid, np.full(o.records - len(grid), -1)])
     step = np.minimum(grid, along(o.steps, 3)[..., None])
-    step = np.where(grid < 0, np.nan, np.broadcast_to(step, shape + (o.records,)))
+    step = np.where(grid < 0, np.nan, np.broadcast_to(step, (*shape, o.records)))
+    # Checkpoints follow the law at their own D'; they share the scatter of their run and add a little of
+    # their own.
+    course = {}
+    for metric in ("v_score", "abs_error"):
+        ratio = np.empty((*shape, o.records))
+        for j, ansatz in enumerate(o.ansatze):
+            truth = o.truths[ansatz, metric]
+            n_j, d_j = size_total[:, j, ..., None], d_prime[:, j, ..., None]
+            ratio[:, j] = truth(n_j, d_j * step[:, j] / steps[0, 0, ..., None]) / truth(n_j, d_j)
+        wobble = o.checkpoint_sigma * rng.standard_normal(ratio.shape)
+        course[metric] = values[metric][..., None] * ratio * np.exp(wobble)
+    path = e_fci[..., None] + course["abs_error"]
+    path_variance = course["v_score"] * (path - e_inf[..., None]) ** 2 / electrons[..., None]
     ratio = (step / steps[..., None]) ** -0.5
-    past = dims + ("record",)
+    past = (*dims, "record")
     history = xr.Dataset(
         {
             "step": put(step, "1", "optimisation step", past),
-            "energy": put(
-                e_fci[..., None] + abs_error[..., None] * ratio, "hartree", "energy in training", past
-            ),
-            "variance": put(variance[..., None] * ratio, "hartree^2", "variance in training", past),
+            "energy": put(path, "hartree", "energy in training", past),
+            "variance": put(path_variance, "hartree^2", "variance in training", past),
             "n_unique": put(unique[..., None] * np.ones(o.records), "1", "unique samples of the step", past),
             "n_samples": put(1e4 * (1 + step), "1", "samples of the step", past),
             "learning_rate": put(1e-3 / (1 + step / steps[..., None]), "1", "learning rate", past),

@@ -1,7 +1,8 @@
-"""`allocate`: what a fit recommends for a molecule and a budget, with intervals and guards (FIT section 7)."""
+"""`allocate`: what a fit recommends for a molecule and a budget, with intervals and guards (FIT 7)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tomllib
@@ -279,10 +280,11 @@ def _network(kind: str, params: Mapping[str, Any], width: int, depth: int, n_qub
 
 
 def feasible_networks(spec: Mapping[str, Any], ansatz: str, n_qubits: int) -> list[Network]:
-    """Networks with whole widths between the study's sizes: widths interpolated in log, heads that divide d."""
+    """Networks with whole widths between the study's sizes, widths interpolated in log, d divided by
+    heads."""
     kind, sizes = _kind(spec, ansatz), _sizes(spec, ansatz, n_qubits)
     found: dict[int, Network] = {net.n_total: net for net in sizes}
-    for low, high in zip(sizes, sizes[1:], strict=False):
+    for low, high in itertools.pairwise(sizes):
         for t in np.linspace(0, 1, LADDER // max(len(sizes) - 1, 1)):
             params = dict(low.params)
             for key in ("width", "d", "ff", "depth", "layers"):
@@ -343,7 +345,8 @@ def predict(
 
 def render_advice(advice: Mapping[str, Any]) -> str:
     """The answer in a dozen lines."""
-    head = f"{advice['molecule']}, {advice['ansatz']}, {advice['metric']}: {advice['budget']:.3g} FLOP ({advice['flops']})"
+    head = f"{advice['molecule']}, {advice['ansatz']}, {advice['metric']}: "
+    head += f"{advice['budget']:.3g} FLOP ({advice['flops']})"
     if advice["status"] != "ok":
         return f"{head}\n{advice['status']}: {advice['reason']}"
     low, high = advice["interval_n"]
@@ -359,14 +362,16 @@ def render_advice(advice: Mapping[str, Any]) -> str:
         f"            N* grows as C^{advice['exponent_n']:.3f} "
         f"[{advice['interval_exponent'][0]:.3f}, {advice['interval_exponent'][1]:.3f}]",
         f"regret band within {100 * share:.0f} % of the best: N = {band[0]:.3g} to {band[1]:.3g}",
-        f"to train    N = {advice['n']:.0f}, T* = {advice['steps']} steps at S_F = {advice['search_fraction']:.3g} "
+        f"to train    N = {advice['n']:.0f}, T* = {advice['steps']} steps "
+        f"at S_F = {advice['search_fraction']:.3g} "
         f"(D' = {advice['d_prime']:.4g}), {advice['flop_spent']:.3g} FLOP",
     ]
     if advice["network"] is not None:
         widths = ", ".join(f"{k} {v}" for k, v in advice["network"]["params"].items())
         lines.append(f"            network: {widths}; phase width {advice['network']['phase']['width']}")
     lines.append(
-        f"predicted   {prediction['value']:.3g} [{prediction['interval_95'][0]:.3g}, {prediction['interval_95'][1]:.3g}]; "
+        f"predicted   {prediction['value']:.3g} "
+        f"[{prediction['interval_95'][0]:.3g}, {prediction['interval_95'][1]:.3g}]; "
         f"a new run falls in [{prediction['new_run_90'][0]:.3g}, {prediction['new_run_90'][1]:.3g}] (90 %)"
     )
     lines += [f"caution     {flag}" for flag in advice["flags"]]

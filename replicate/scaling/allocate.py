@@ -1,7 +1,7 @@
 """Compute-optimal allocation of a fitted law, with its uncertainty and its guards (FIT section 7).
 
-A budget C (FLOP) buys C = |S| D' kappa(N): the batch drops out of T B = D' |S|. kappa (FLOP per unique sample) is a
-posynomial in N, linear at leading order and with a sqrt(N) part from attention.
+A budget C (FLOP) buys C = |S| D' kappa(N): the batch drops out of T B = D' |S|. kappa (FLOP per unique
+sample) is a posynomial in N, linear at leading order and with a sqrt(N) part from attention.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from replicate.spec import UserError
 #: An exponent whose interval reaches down to this is not told apart from "does not matter".
 EXPONENT_GUARD = 0.02
 REGRET = 0.05
+Number = np.ndarray | float
 NO_OPTIMUM = "no interior optimum identified"
 
 
@@ -32,7 +33,7 @@ class Kappa:
     def linear(self) -> bool:
         return all(p == 1.0 for p, k in zip(self.powers, self.coefficients, strict=True) if k)
 
-    def parts(self, log_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parts(self, log_n: Number) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ln kappa, eps = dln kappa/dln N and deps/dln N at ln N."""
         log_n = np.asarray(log_n, float)
         used = [(k, p) for k, p in zip(self.coefficients, self.powers, strict=True) if k > 0]
@@ -45,7 +46,7 @@ class Kappa:
         eps = (share * p).sum(axis=0)
         return top + np.log(total), eps, (share * p * p).sum(axis=0) - eps**2
 
-    def __call__(self, n: np.ndarray | float) -> np.ndarray:
+    def __call__(self, n: Number) -> np.ndarray:
         return np.exp(self.parts(np.log(n))[0])
 
 
@@ -97,19 +98,18 @@ class Optimum:
 
 
 def closed_form(
-    A1: np.ndarray, a1: np.ndarray, A2: np.ndarray, a2: np.ndarray, budget: np.ndarray, space: float, k: float
+    A1: Number, a1: Number, A2: Number, a2: Number, budget: Number, space: float, k: float
 ) -> Optimum:
-    """SCIENCE section 7, kappa = k N: N* = G X^(a2/(a1+a2)), X = C / (k |S|), G = (a1 A1 / a2 A2)^(1/(a1+a2))."""
-    total = a1 + a2
+    """kappa = k N (SCIENCE 7): N* = G X^(a2/(a1+a2)), X = C / (k |S|), G = (a1 A1 / a2 A2)^(1/(a1+a2))."""
+    total = np.asarray(a1) + a2
     log_x = np.log(budget) - np.log(k * space)
-    log_g = (np.log(a1 * A1) - np.log(a2 * A2)) / total
+    log_g = (np.log(np.multiply(a1, A1)) - np.log(np.multiply(a2, A2))) / total
     log_n = log_g + log_x * a2 / total
     return Optimum(log_n, log_x - log_n, total + 0 * log_n, a2 / total + 0 * log_n)
 
 
 def optimum(
-    A1: np.ndarray | float, a1: np.ndarray | float, A2: np.ndarray | float, a2: np.ndarray | float,
-    budget: np.ndarray | float, space: float, kappa: Kappa,
+    A1: Number, a1: Number, A2: Number, a2: Number, budget: Number, space: float, kappa: Kappa
 ) -> Optimum:  # fmt: skip
     """The one root of a1 A1 N^-a1 / eps(N) = a2 A2 D'^-a2 in ln N: bracketed Newton on a monotone function.
 
@@ -145,7 +145,7 @@ def optimum(
     return Optimum(x, log_x - log_k, stiffness, a2 / stiffness)
 
 
-def gradient(best: Optimum, a1: np.ndarray | float, a2: np.ndarray | float) -> np.ndarray:
+def gradient(best: Optimum, a1: Number, a2: Number) -> np.ndarray:
     """dlnN*/d(lnA1, a1, lnA2, a2), (..., 4): [1, 1/a1 - lnN*, -1, -1/a2 + lnD'*] / S."""
     one = np.ones_like(best.log_n)
     rows = [one, 1 / np.asarray(a1) - best.log_n, -one, -1 / np.asarray(a2) + best.log_d]
@@ -158,7 +158,8 @@ def modulus_phase_optimum(
 ) -> tuple[float, float, float]:  # fmt: skip
     """ln N_mod*, ln N_ph*, ln D'* for A1 M^-a1 + A3 P^-a3 + A2 D^-a2 on C = |S| D (k_modulus M + k_phase P).
 
-    A geometric program: with D eliminated the objective is convex in (ln M, ln P), so Newton finds the one minimum.
+    A geometric program: with D eliminated the objective is convex in (ln M, ln P), so Newton finds the
+    minimum.
     """
     if min(A1, a1, A3, a3, A2, a2) <= 0:
         raise UserError(f"{NO_OPTIMUM}: every amplitude and exponent of the law must be positive")
@@ -170,7 +171,7 @@ def modulus_phase_optimum(
             + A2 * np.exp(-a2 * (log_x - np.logaddexp(np.log(k_modulus) + v[0], np.log(k_phase) + v[1])))
         )  # fmt: skip
 
-    start = closed_form(*(np.float64(v) for v in (A1, a1, A2, a2, budget)), space, k_modulus + k_phase)  # type: ignore[arg-type]
+    start = closed_form(A1, a1, A2, a2, budget, space, k_modulus + k_phase)
     v = np.array([float(start.log_n), float(start.log_n)])
     for _ in range(500):
         log_k = np.logaddexp(np.log(k_modulus) + v[0], np.log(k_phase) + v[1])
@@ -198,7 +199,7 @@ def regret_band(
     """The N between which the law stays within `share` of its minimum at this budget (bisection in ln N)."""
     best = optimum(A1, a1, A2, a2, budget, space, kappa)
 
-    def law(log_n: np.ndarray) -> np.ndarray:
+    def law(log_n: Number) -> np.ndarray:
         log_d = np.log(budget / space) - kappa.parts(log_n)[0]
         return A0 + A1 * np.exp(-a1 * log_n) + A2 * np.exp(-a2 * log_d)
 
@@ -222,12 +223,14 @@ def guard(
         if not parameters.get(amplitude, 0.0) > 0:
             return f"{amplitude} is at its bound"
         if draws is not None and np.mean(draws[amplitude] <= 0) > 0.025:
-            return f"{amplitude} is at its bound in {100 * np.mean(draws[amplitude] <= 0):.0f} % of the bootstrap draws"
+            share = 100 * np.mean(draws[amplitude] <= 0)
+            return f"{amplitude} is at its bound in {share:.0f} % of the bootstrap draws"
         interval = intervals.get(exponent)
         if interval is None:
             return f"the interval of {exponent} is not determined"
         if interval[0] <= EXPONENT_GUARD:
-            return f"the interval of {exponent}, [{interval[0]:.3g}, {interval[1]:.3g}], contains {EXPONENT_GUARD}"
+            ends = f"[{interval[0]:.3g}, {interval[1]:.3g}]"
+            return f"the interval of {exponent}, {ends}, contains {EXPONENT_GUARD}"
     if size_p_value is not None and size_p_value > 0.05:
         return f"N does not matter significantly (p = {size_p_value:.2g})"
     return None
@@ -254,9 +257,10 @@ def spread(
     """Push every draw through; `covariance` (4, 4) of (ln A1, a1, ln A2, a2)."""
     columns = [np.asarray(draws[k]) for k in ("A1", "a1", "A2", "a2")]
     good = np.all([np.isfinite(c) & (c > 0) for c in columns], axis=0)
-    cloud = optimum(*(c[good] for c in columns), budget, space, kappa)
-    p = [parameters[k] for k in ("A1", "a1", "A2", "a2")]
-    best = optimum(*p, budget, space, kappa)
+    A1, a1, A2, a2 = (c[good] for c in columns)
+    cloud = optimum(A1, a1, A2, a2, budget, space, kappa)
+    p = parameters
+    best = optimum(p["A1"], p["a1"], p["A2"], p["a2"], budget, space, kappa)
     g = gradient(best, parameters["a1"], parameters["a2"])
     sd = float(np.sqrt(max(g @ covariance @ g, 0.0)))
     z = float(stats.norm.ppf(0.5 + level / 2))
@@ -276,7 +280,8 @@ def spread(
 
 @dataclass(frozen=True)
 class Clamped:
-    """An optimum moved to where the study has data: N and D' inside the fitted range, on the budget if possible."""
+    """An optimum moved to where the study has data: N and D' in the fitted range, on the budget if
+    possible."""
 
     n: float
     d_prime: float
@@ -287,7 +292,7 @@ def clamp(
     log_n: float, log_d: float, n_range: tuple[float, float], d_range: tuple[float, float], budget: float,
     space: float, kappa: Kappa,
 ) -> Clamped:  # fmt: skip
-    """Clamp N to the fitted range, give the rest of the budget to D', then flag a D' outside its own range."""
+    """Clamp N to the fitted range, give the rest of the budget to D', then clamp and flag D' itself."""
     flags = []
     n = float(np.exp(log_n))
     if not n_range[0] <= n <= n_range[1]:
@@ -299,7 +304,8 @@ def clamp(
     if not d_range[0] <= d <= d_range[1]:
         word = "below" if d < d_range[0] else "above"
         flags.append(
-            f"D'* = {d:.3g} is {word} the fitted range {d_range[0]:.3g} to {d_range[1]:.3g}: clamped, off the budget"
+            f"D'* = {d:.3g} is {word} the fitted range {d_range[0]:.3g} to {d_range[1]:.3g}: "
+            "clamped, off the budget"
         )
         d = float(np.clip(d, *d_range))
     return Clamped(n, d, tuple(flags))

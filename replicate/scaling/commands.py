@@ -1,17 +1,20 @@
-"""`fit` and `allocate`: arguments, files and messages. Only the standard library is imported before a command runs.
+"""`fit` and `allocate`: arguments, files, messages. Only the standard library is imported before a command
+runs.
 
-fit CUBE writes fit.json, fit.nc and report.md beside the cube (or in --out), each atomically. Keys of fit.json:
+fit CUBE writes fit.json, fit.nc and report.md beside the cube (or in --out), each atomically. In fit.json:
 
     schema, kind "cube", study, cube, cube_sha256, settings, table, provenance, spec
-    fits        one object per (ansatz, metric, scope, law), see `study.describe`; scope "all" is the joint fit
+    fits        one object per (ansatz, metric, scope, law), see `study.describe`; scope "all": joint fit
     refused     what could not be fitted, with the reason
     selection, sensitivity, allocation, hold_out    one object per (ansatz, metric)
 
-Parameters are in raw units: L = exp(intercept of the molecule) * law(parameters). Numbers that do not exist are null.
-fit.nc has one group /ansatz/metric/scope/law per fit with draws (replicate, parameter), estimate, residual, fitted,
-observed and the labels and variables of the points.
+Parameters are in raw units, L = exp(intercept of the molecule) * law(parameters); what does not exist is
+null.
+fit.nc has one group /ansatz/metric/scope/law per fit with draws (replicate, parameter), estimate, residual,
+fitted, observed and the labels and variables of the points.
 
-fit --csv writes one JSON object: parameters, objective, certificate, standard_errors, intervals, n_points and more.
+fit --csv writes one JSON object: parameters, objective, certificate, standard_errors, intervals, n_points,
+...
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", action="append", default=[], help="cube: variants to use")
+    parser.add_argument("--checkpoints", action="store_true", help="cube: recorded steps as points too")
+    parser.add_argument("--decayed-checkpoints", action="store_true", help="cube: also of decaying schedules")
     parser.add_argument("--no-selection", action="store_true", help="cube: leave the rival laws out")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="cube: folder of the results (default: the cube's)"
@@ -89,6 +94,8 @@ def _fit_cube(args: argparse.Namespace) -> int:
         selection=not args.no_selection,
         seed=args.seed,
         variants=tuple(args.variant),
+        checkpoints=args.checkpoints or args.decayed_checkpoints,
+        allow_decayed=args.decayed_checkpoints,
         progress=lambda text: print(f"fit: {text}", file=sys.stderr, flush=True),
     )
     result, tree = fit_cube(args.cube, options)
@@ -162,7 +169,7 @@ def _fit_csv(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{args.csv}: {error}") from None
     solution = solve(design, objective)
-    entry, draws = describe(solution, args.bootstrap, args.seed)
+    entry, _ = describe(solution, args.bootstrap, args.seed)
     first = ("parameters", "objective", "certificate", "standard_errors", "intervals", "n_points")
     result: dict[str, Any] = {k: entry[k] for k in first} | entry
     result |= {
@@ -216,10 +223,11 @@ def run_allocate(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> str:
+    """Full-precision JSON; NaN is refused."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
@@ -232,8 +240,8 @@ def write_text(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -249,8 +257,8 @@ def write_tree(path: Path, tree: Any) -> None:
             for g, node in zip(tree.groups, tree.subtree, strict=True)
         }
         tree.to_netcdf(name, engine="netcdf4", encoding={g: e for g, e in encoding.items() if e})
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -1,4 +1,5 @@
-"""Uncertainty of a fit: bootstrap by runs, sandwich, profile likelihood, tests at the boundary (FIT section 4).
+"""Uncertainty of a fit: bootstrap by runs, sandwich, profile likelihood, tests at the boundary (FIT section
+4).
 
 A cluster is one training run with all its points. Every random choice comes from an explicit seed.
 """
@@ -35,8 +36,8 @@ RECHECK = 0.02
 class Draws:
     """Bootstrap refits. `p` (B, size); `raw`: law parameter -> (B,), NaN where a draw does not define it.
 
-    `converged_first`: share that converged before any fallback; `improved`: rechecked replicates whose optimum
-    was lowered by a start from scratch.
+    `converged_first`: share that converged before any fallback; `improved`: rechecked replicates whose
+    optimum was lowered by a start from scratch.
     """
 
     p: np.ndarray
@@ -54,7 +55,8 @@ class Draws:
 def cluster_weights(
     cluster: np.ndarray, stratum: np.ndarray, replicates: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so none is ever lost."""
+    """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so none is ever
+    lost."""
     names, first, index = np.unique(cluster, return_index=True, return_inverse=True)
     counts = np.empty((replicates, names.size))
     for s in np.unique(stratum):
@@ -68,7 +70,8 @@ def cluster_weights(
 def bootstrap(
     solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None, recheck: bool = True
 ) -> Draws:
-    """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent would
+    """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent
+    would
     leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is kept.
     Without `recheck` only those that fail are redone."""
     layout, design = solution.layout, solution.layout.design
@@ -102,7 +105,8 @@ def bootstrap(
 def best_of_starts(
     layout: Layout, begin: np.ndarray, *, weights: np.ndarray | None = None, z: np.ndarray | None = None
 ) -> Batch:
-    """The best minimum of each replicate from several starts (R, S, size); weights, z (R, n) or shared (n,)."""
+    """The best minimum of each replicate from several starts (R, S, size); weights, z (R, n) or shared
+    (n,)."""
     r_batch, count, size = begin.shape
     batch = minimise(
         layout,
@@ -131,7 +135,7 @@ def _could_leave_bound(
         rows = np.flatnonzero(p[:, k] == 0)
         if not members or not rows.size:
             continue
-        m, _, u, log_f = jacobian(layout, p[rows])
+        m, _, _, log_f = jacobian(layout, p[rows])
         tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
         loss = evaluate(layout.objective, layout.design, z if z.ndim == 1 else z[rows], m, tau)
         pull = weights[rows] * loss.dm * np.exp(-log_f)
@@ -143,7 +147,7 @@ def _could_leave_bound(
     return out
 
 
-# ---- covariance --------------------------------------------------------------------------------------------------
+# ---- covariance ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,8 @@ def sandwich_intervals(
 
 
 def percentile_intervals(draws: Draws, level: float = LEVEL) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals of the raw parameters; None where more than a tail of the draws does not define it."""
+    """Percentile intervals of the raw parameters; None where more than a tail of the draws does not define
+    it."""
     tail = 100 * (1 - level) / 2
     out: dict[str, tuple[float, float] | None] = {}
     for name, values in draws.raw.items():
@@ -249,17 +254,17 @@ def percentile_intervals(draws: Draws, level: float = LEVEL) -> dict[str, tuple[
     return out
 
 
-# ---- profile likelihood ------------------------------------------------------------------------------------------
+# ---- profile likelihood --------------------------------------------------------------------------
 
 
 def profile_intervals(
     solution: Solution, cov: Covariance, names: Sequence[str], level: float = LEVEL
 ) -> dict[str, tuple[float, float] | None]:
-    """Intervals where twice the drop of the objective, rescaled by model over sandwich variance (so that clusters
-    and a wrong noise model count; Rotnitzky & Jewell 1990), reaches the square of a t quantile.
+    """Intervals where twice the drop of the objective, rescaled by model over sandwich variance (so that
+    clusters and a wrong noise model count; Rotnitzky & Jewell 1990), reaches the square of a t quantile.
 
-    `names`: law parameters; an amplitude is profiled at the geometric means (centred). All constrained fits of
-    all parameters are one batch. A side on which the bound is never reached is the parameter's bound.
+    `names`: law parameters; an amplitude is profiled at the geometric means (centred). All constrained fits
+    of all parameters are one batch. A side on which the bound is never reached is the parameter's bound.
     """
     layout = solution.layout
     columns = [layout.names.index(n) for n in names]
@@ -295,7 +300,8 @@ def profile_intervals(
 
 
 def _crossing(centre: float, values: np.ndarray, root: np.ndarray, cut: float, side: float) -> float:
-    """Where the signed root of the profile, interpolated linearly from the optimum outwards, reaches the cut."""
+    """Where the signed root of the profile, interpolated linearly from the optimum outwards, reaches the
+    cut."""
     xs, ys = np.concatenate([[centre], values]), np.concatenate([[0.0], root])
     above = np.flatnonzero(ys >= cut)
     if not above.size:
@@ -325,13 +331,13 @@ def _constrained_drop(solution: Solution, cov: Covariance, jobs: list[tuple[int,
     return np.where(batch.converged, batch.value - solution.value, np.nan)
 
 
-# ---- tests at the boundary ---------------------------------------------------------------------------------------
+# ---- tests at the boundary -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FloorTest:
-    """A0 = 0 against A0 > 0: `statistic` ~ 1/2 chi2_0 + 1/2 chi2_1 (5 % cut 2.706). `upper`: one-sided 95 % bound
-    on the raw A0, the largest value whose profile is not rejected."""
+    """A0 = 0 against A0 > 0: `statistic` ~ 1/2 chi2_0 + 1/2 chi2_1 (5 % cut 2.706). `upper`: one-sided 95 %
+    bound on the raw A0, the largest value whose profile is not rejected."""
 
     statistic: float
     p_value: float
@@ -339,7 +345,8 @@ class FloorTest:
 
 
 def floor_test(solution: Solution) -> FloorTest | None:
-    """None if the law has no floor. The likelihood ratio is rescaled by the score variance of the clusters."""
+    """None if the law has no floor. The likelihood ratio is rescaled by the score variance of the
+    clusters."""
     layout = solution.layout
     floor = layout.design.law.floor
     if floor is None:
@@ -493,7 +500,8 @@ def _null_data(
 
 
 def _lifted_starts(layout: Layout, null: Layout, p: np.ndarray) -> np.ndarray:
-    """Starts (R, 3, size) of the full law from null fits (R, size0): absent terms at 5 % with three exponents."""
+    """Starts (R, 3, size) of the full law from null fits (R, size0): absent terms at 5 % with three
+    exponents."""
     out = np.zeros((len(p), 3, layout.size))
     for i, exponent in enumerate((0.1, 0.4, 1.2)):
         for j, name in enumerate(layout.names):
@@ -506,7 +514,7 @@ def _lifted_starts(layout: Layout, null: Layout, p: np.ndarray) -> np.ndarray:
     return out
 
 
-# ---- between molecules -------------------------------------------------------------------------------------------
+# ---- between molecules ---------------------------------------------------------------------------
 
 
 def leave_one_group_out(
@@ -548,18 +556,32 @@ def condition_number(solution: Solution) -> float:
 
 
 def design_condition(design: Design) -> float:
-    """`condition_number` of the design alone, at equal amplitudes and spread-out exponents: a fit that has already
-    given one of two collinear terms up would look well conditioned."""
+    """`condition_number` of the design alone, at equal amplitudes and spread-out exponents: a fit that has
+    already given one of two collinear terms up would look well conditioned."""
     layout = make_layout(design, Objective("l2-log"))
     p = np.zeros((1, layout.size))
     p[0, : layout.n_terms] = 1 / layout.n_terms
-    p[0, layout.n_terms : layout.n_terms + layout.n_exponents] = 0.3 + 0.1 * np.arange(layout.n_exponents)
+    p[0, layout.n_terms : layout.n_terms + layout.n_exponents] = _reference_exponents(design.law)
     if layout.power is None:
         p[0, layout.n_law - 1] = 0.5
     _, jac, _, _ = jacobian(layout, p)
     columns = np.concatenate([jac[0], layout.contrasts])
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
     return float(singular[0] / max(singular[-1], 1e-300))
+
+
+def _reference_exponents(law: Law) -> np.ndarray:
+    """0.3, 0.4, ... and 0.5 more for every earlier exponent of the same variable, which is meant to
+    differ."""
+    uses: dict[str, list[str]] = {}
+    out = []
+    for i, name in enumerate(law.exponents):
+        variables = {f.variable for t in law.terms for f in t.factors if f.exponent == name}
+        earlier = {e for v in variables for e in uses.get(v, [])}
+        out.append(0.3 + 0.1 * i + 0.5 * len(earlier))
+        for v in variables:
+            uses.setdefault(v, []).append(name)
+    return np.array(out)
 
 
 def equality_test(solution: Solution, draws: Draws, one: str, other: str) -> dict[str, float]:

@@ -4,8 +4,8 @@ One family serves every law of the project (FIT section 1):
 
     log L_i = s_group(i) + q log sum_k c_k exp(-sum_j e_kj x_ij),   c_k >= 0,
 
-with x the centred logs of the variables and L divided by its median, so that a c_k is the value of term k at the
-geometric means in units of the median. q = 1 except in the rivals (Kaplan's form, one break).
+with x the centred logs of the variables and L divided by its median, so that a c_k is the value of term k at
+the geometric means in units of the median. q = 1 except in the rivals (Kaplan's form, one break).
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ LAWS: dict[str, Law] = {key: parse_law(text, VARIABLES, key) for key, text in _L
 class Design:
     """A law on a table. n points, V variables, G groups (molecules).
 
-    `x` (V, n) centred logs, `centre` (V,) log geometric means; `value` (n,) = L / median; `group`, `cluster` (n,)
-    integer labels; `weight` (n,); `censored` (n,) True where L is only known to lie below `value`;
+    `x` (V, n) centred logs, `centre` (V,) log geometric means; `value` (n,) = L / median; `group`, `cluster`
+    (n,) integer labels; `weight` (n,); `censored` (n,) True where L is only known to lie below `value`;
     `noise` (n,) additive standard error / median (asinh objective only).
     """
 
@@ -307,7 +307,8 @@ def make_design(
     signed: bool = False,
     runs_per_parameter: float = 1.0,
 ) -> Design:
-    """Centre and check a table (n rows, raw units). Raises UserError for what cannot be fitted, with the numbers."""
+    """Centre and check a table (n rows, raw units). Raises UserError for what cannot be fitted, with the
+    numbers."""
     value = np.asarray(value, float)
     n = value.size
     problems = []
@@ -323,9 +324,11 @@ def make_design(
         problems.append(f"L: {int((~(value > 0)).sum())} of {n} values are not positive numbers")
     if problems:
         raise UserError("; ".join(problems))
-    names, group_index = (
-        np.unique(np.asarray(group, str), return_inverse=True) if group is not None else ([], 0)
-    )
+    names: list[str] = []
+    group_index = np.zeros(n, np.int64)
+    if group is not None:
+        found, group_index = np.unique(np.asarray(group, str), return_inverse=True)
+        names = [str(g) for g in found]
     cluster_index = (
         np.unique(np.asarray(cluster), return_inverse=True)[1] if cluster is not None else np.arange(n)
     )
@@ -355,8 +358,8 @@ def make_design(
         centre=centre,
         value=value / median,
         median=median,
-        group=np.broadcast_to(np.asarray(group_index), (n,)).astype(np.int64),
-        group_names=tuple(str(g) for g in names),
+        group=group_index.astype(np.int64),
+        group_names=tuple(names),
         cluster=cluster_index.astype(np.int64),
         weight=np.ones(n) if weight is None else np.asarray(weight, float),
         censored=np.zeros(n, bool) if censored is None else np.asarray(censored, bool),

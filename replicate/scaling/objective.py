@@ -1,6 +1,7 @@
 """Objectives by name: the loss of one point as a function of its predicted log m, and its derivatives.
 
-Every objective is phi(m) = rho((z - a(m)) / sigma), with a link a: m (log), exp(m) (raw) or asinh(exp(m) / noise)
+Every objective is phi(m) = rho((z - a(m)) / sigma), with a link a: m (log), exp(m) (raw) or asinh(exp(m) /
+noise)
 (additive and multiplicative noise together, Rocke & Durbin 1995). Student-t and asinh carry the scale sigma
 as a parameter of their own (maximum likelihood), so that likelihood ratios mean what they say.
 """
@@ -17,7 +18,8 @@ from scipy import special
 from replicate.scaling.law import Design
 from replicate.spec import UserError
 
-#: Log residual below which LAD is smoothed, |r| -> r^2 / 2d: small against any noise, and stationary points exist.
+#: Log residual below which LAD is smoothed, |r| -> r^2 / 2d: small against any noise, and stationary points
+#: exist.
 LAD_WIDTH = 1e-4
 #: The scale never falls below this: data without noise would drive the likelihood to infinity.
 SCALE_FLOOR = 1e-6
@@ -25,7 +27,8 @@ SCALE_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Objective:
-    """`kind`: t | huber | lad | l2-log | l2-raw | asinh; `nu` for t and asinh, `delta` for huber (log units)."""
+    """`kind`: t | huber | lad | l2-log | l2-raw | asinh; `nu` for t and asinh, `delta` for huber (log
+    units)."""
 
     kind: str
     nu: float = 4.0
@@ -54,7 +57,8 @@ class Objective:
 
 
 def parse_objective(text: str) -> Objective:
-    """`huber:DELTA | lad | t:NU | l2-log | l2-raw | asinh:NU` (t and asinh alone: nu = 4; huber alone: 1e-3)."""
+    """`huber:DELTA | lad | t:NU | l2-log | l2-raw | asinh:NU` (t and asinh alone: nu = 4; huber alone:
+    1e-3)."""
     match = re.fullmatch(r"(t|huber|asinh)(?::(.+))?|(lad|l2-log|l2-raw)", text.strip())
     if match is None:
         raise UserError(f"--objective {text!r}: use huber:DELTA, lad, t:NU, l2-log, l2-raw or asinh:NU")
@@ -70,7 +74,8 @@ def parse_objective(text: str) -> Objective:
 
 @dataclass(frozen=True)
 class Loss:
-    """Arrays (R, n): value, first and second derivative in m, majorising curvature; and those in tau = log sigma.
+    """Arrays (R, n): value, first and second derivative in m, majorising curvature; and those in tau = log
+    sigma.
 
     The tau arrays are None where the objective has no scale.
     """
@@ -94,7 +99,8 @@ def observed(objective: Objective, design: Design) -> np.ndarray:
 
 
 def asinh_width(design: Design) -> np.ndarray:
-    """(n,) where the additive noise takes over: at least 1e-9 of the median, so that exact points stay logs."""
+    """(n,) where the additive noise takes over: at least 1e-9 of the median, so that exact points stay
+    logs."""
     return np.maximum(design.noise, 1e-9)
 
 
@@ -159,7 +165,7 @@ def evaluate(
         dmt = None if dmt is None else dmt * a1
     loss = Loss(value, dm, dmm, curvature, dt, dmt, dtt)
     if design.censored.any():
-        _censor(objective, design, loss, r if plain else r, tau, 1.0 if plain else a1, 0.0 if plain else a2)
+        _censor(objective, design, loss, r, tau, 1.0 if plain else a1, 0.0 if plain else a2)
     return loss
 
 
@@ -172,7 +178,8 @@ def _censor(
     a1: np.ndarray | float,
     a2: np.ndarray | float,
 ) -> None:
-    """Overwrite the points known only to lie below z: -log F((z - a) / sigma), or a one-sided loss without a scale."""
+    """Overwrite the points known only to lie below z: -log F((z - a) / sigma), or a one-sided loss without a
+    scale."""
     at = np.flatnonzero(design.censored)
     if not objective.has_scale:
         below = r[:, at] > 0
@@ -195,15 +202,18 @@ def _censor(
     loss.dm[:, at] = h * slope / sigma
     loss.dmm[:, at] = -dh * (slope / sigma) ** 2 + h * bend / sigma
     loss.curvature[:, at] = np.maximum(-dh, 1e-12) * (slope / sigma) ** 2
-    assert loss.dt is not None and loss.dmt is not None and loss.dtt is not None
+    assert loss.dt is not None
+    assert loss.dmt is not None
+    assert loss.dtt is not None
     loss.dt[:, at] = h * v
     loss.dtt[:, at] = -dh * v * v - h * v
     loss.dmt[:, at] = -(dh * v + h) * slope / sigma
 
 
 def reported_value(objective: Objective, design: Design, total: float) -> float:
-    """The objective as the user knows it, from the solver's sum: full negative log-likelihood of L in log units
-    (t, asinh), sum of huber(r) or |r| (huber, lad), sum of squares of log residuals or of raw residuals (l2-*)."""
+    """The objective as the user knows it, from the solver's sum: full negative log-likelihood of L in log
+    units (t, asinh), sum of huber(r) or |r| (huber, lad), sum of squares of log residuals or of raw residuals
+    (l2-*)."""
     if objective.has_scale:
         nu = objective.nu
         constant = special.gammaln(nu / 2) - special.gammaln((nu + 1) / 2) + 0.5 * math.log(nu * math.pi)

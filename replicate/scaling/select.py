@@ -1,4 +1,5 @@
-"""Which law? Candidates scored by prediction of what was left out, information criteria, residual tests (FIT section 5)."""
+"""Which law? Candidates scored by prediction of what was left out, information criteria, residual tests (FIT
+section 5)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ CANDIDATES = tuple(LAWS)
 
 @dataclass(frozen=True)
 class Scores:
-    """Of log predictions: median |ln error|, CRPS, coverage and mean width (ln units) of the 90 % interval."""
+    """Of log predictions: median |ln error|, CRPS, coverage and mean width (ln units) of the 90 %
+    interval."""
 
     n: int
     median_abs_log_error: float
@@ -40,8 +42,8 @@ def predict(
 ) -> np.ndarray:
     """Predicted ln L, (R, m), at new points for parameter vectors p (R, size).
 
-    A molecule the fit has not seen gets the intercept of one of the seen ones, drawn per replicate, widened to the
-    spread that a new molecule has.
+    A molecule the fit has not seen gets the intercept of one of the seen ones, drawn per replicate, widened
+    to the spread that a new molecule has.
     """
     layout, design = solution.layout, solution.layout.design
     law = design.law
@@ -74,8 +76,8 @@ def predict(
 
 
 def predictive(
-    solution: Solution, p: np.ndarray, variables: Mapping[str, np.ndarray], group: np.ndarray | None, rng: np.random.Generator,
-    size: int | None = None,
+    solution: Solution, p: np.ndarray, variables: Mapping[str, np.ndarray], group: np.ndarray | None, rng:
+    np.random.Generator, size: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Draws (R, m) of ln L of a new run: bootstrap parameters plus resampled residuals, inflated for the
     parameters that the fit has spent on them."""
@@ -115,7 +117,8 @@ def folds(rows: Rows, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         out = np.zeros_like(mask)
         for m in molecules:
             here = mask & (rows.labels["molecule"] == m)
-            # D' differs from run to run: the top group is that of the largest T, not the single largest value.
+            # D' differs from run to run: the top group is that of the largest T, not the single largest
+            # value.
             level = rows.labels["steps"] if variable == "D" else rows.variables["N"]
             if np.unique(level[here]).size > 2:
                 out |= here & (level == level[here].max())
@@ -126,7 +129,8 @@ def folds(rows: Rows, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 def selection(
     rows: Rows, mask: np.ndarray, metric: str, objective: Objective, seed: int
 ) -> list[dict[str, object]]:
-    """One row per candidate, best predictive CRPS first (mean over the three kinds of fold), AICc and BIC beside it."""
+    """One row per candidate, best predictive CRPS first (mean over the three kinds of fold), AICc and BIC
+    beside it."""
     out: list[dict[str, object]] = []
     for name in CANDIDATES:
         law = LAWS[name]
@@ -175,7 +179,7 @@ def _solve(rows: Rows, mask: np.ndarray, metric: str, law: Law, objective: Objec
         {v: rows.variables[v][mask] for v in law.variables},
         rows.value[metric][mask],
         group=group if np.unique(group).size > 1 else None,
-        cluster=np.flatnonzero(mask),
+        cluster=rows.run[mask],
         censored=rows.censored[metric][mask],
         noise=rows.noise[metric][mask],
     )
@@ -200,9 +204,9 @@ def _fold(
 
 
 def residual_tests(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str, dict[str, float]]:
-    """Slope and cluster-robust p-value of the residuals against what the law leaves out: quadratic terms of its
-    variables and ln S_F within molecules (all with the fitted directions projected out), and of the intercepts
-    against the molecules' mean ln S_F."""
+    """Slope and cluster-robust p-value of the residuals against what the law leaves out: quadratic terms of
+    its variables and ln S_F within molecules (all with the fitted directions projected out), and of the
+    intercepts against the molecules' mean ln S_F."""
     layout, design = solution.layout, solution.layout.design
     _, jac, _, _ = jacobian(layout, solution.p[None])
     base = np.concatenate(

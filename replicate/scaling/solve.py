@@ -1,8 +1,10 @@
-"""Fits of a posynomial law: variable-projection starts, then a batched projected Newton method with certificates.
+"""Fits of a posynomial law: variable-projection starts, then a batched projected Newton method with
+certificates.
 
 Parameters of one fit, in this order: c (K) amplitudes at the geometric means in units of the median, >= 0;
 theta (P) exponents; q the outer power if it is free; beta (G - 1) contrasts of the group intercepts;
-tau = log scale if the objective has one. A batch of R fits shares the table and differs in weights, data or bounds.
+tau = log scale if the objective has one. A batch of R fits shares the table and differs in weights, data or
+bounds.
 """
 
 from __future__ import annotations
@@ -94,8 +96,9 @@ class Layout:
 
 
 def make_layout(design: Design, objective: Objective) -> Layout:
+    """The parameter vector of a design under an objective."""
     law = design.law
-    row = {v: x for v, x in zip(law.variables, design.x, strict=True)}
+    row = dict(zip(law.variables, design.x, strict=True))
     index = {e: i for i, e in enumerate(law.exponents)}
     shapes, members, offsets = [], [], []
     for term in law.terms:
@@ -129,8 +132,8 @@ def make_layout(design: Design, objective: Objective) -> Layout:
 @dataclass
 class Derivatives:
     """Of a batch: value (R,), gradient (R, P), Hessian (R, P, P), diagonal of a majorising curvature (R, P),
-    the yardstick (R, P) that makes a gradient dimensionless, and where each term weighs most: `centre` (R, K, E)
-    in the shapes of its exponents, `mass` (R, K) its curvature there."""
+    the yardstick (R, P) that makes a gradient dimensionless, and where each term weighs most: `centre` (R,
+    K, E) in the shapes of its exponents, `mass` (R, K) its curvature there."""
 
     value: np.ndarray
     gradient: np.ndarray
@@ -251,7 +254,9 @@ def derivatives(
     size_dm = np.sqrt(np.einsum("rn,rn,rn->r", weights, loss.dm, loss.dm))
     unit = np.maximum(size_dm, layout.objective.gradient_unit(tau) * np.sqrt(total))
     if layout.objective.has_scale:
-        assert loss.dt is not None and loss.dmt is not None and loss.dtt is not None
+        assert loss.dt is not None
+        assert loss.dmt is not None
+        assert loss.dtt is not None
         wdmt = weights * loss.dmt
         gradient[:, -1] = np.einsum("rn,rn->r", weights, loss.dt)
         hessian[:, -1, -1] = np.einsum("rn,rn->r", weights, loss.dtt)
@@ -279,7 +284,8 @@ def scaled_gradient(d: Derivatives, free: np.ndarray) -> np.ndarray:
 
 
 def _cholesky_solve(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solve a x = b for a batch (R, P, P), (R, P), vectorised over R; second result: was a positive definite?"""
+    """Solve a x = b for a batch (R, P, P), (R, P), vectorised over R; second result: was a positive
+    definite?"""
     if len(a) <= 64:
         # LAPACK has the smaller overhead on few rows, but gives up on all if one is indefinite.
         try:
@@ -314,9 +320,9 @@ def _newton_step(
     """Damped Newton step that respects the bounds; returns (new parameters, damping actually used).
 
     A component that would cross its bound is put on it, and the others are solved again with that one fixed.
-    The step is taken in amplitudes at the place where each term weighs most, c_new = (c + step) exp(step_e centre):
-    a term that matters at one end of the data only has a tiny c and a steep exponent, and in (c, e) themselves its
-    valley is an exponential curve that a straight step cannot follow.
+    The step is taken in amplitudes at the place where each term weighs most, c_new = (c + step) exp(step_e
+    centre): a term that matters at one end of the data only has a tiny c and a steep exponent, and in (c, e)
+    themselves its valley is an exponential curve that a straight step cannot follow.
     """
     k_terms, smooth = d.mass.shape[1], slice(d.mass.shape[1], d.mass.shape[1] + d.centre.shape[2])
     amplitude, pull = p[:, :k_terms], d.gradient[:, :k_terms]
@@ -509,14 +515,14 @@ def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray) -
         return []
     residual = np.abs(z - layout.model(p))
     scale = 0.5 * float(np.median(residual[weights > 0])) if np.any(weights > 0) else 1.0
-    widths = []
+    widths: list[float] = []
     while scale > 2 * layout.objective.width and len(widths) < 24:
         widths.append(scale)
         scale /= 5.0
     return widths
 
 
-# ---- starts ------------------------------------------------------------------------------------------------------
+# ---- starts --------------------------------------------------------------------------------------
 
 
 def _exponent_grid(layout: Layout) -> np.ndarray:
@@ -560,7 +566,8 @@ def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.n
 
 def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> np.ndarray:
     """(R, keep, size) variable-projection starts for weights (R, n): a grid of exponents, relative residuals,
-    non-negative amplitudes in closed form; distinct grid cells; zeros lifted to 1e-3 so that each term can move."""
+    non-negative amplitudes in closed form; distinct grid cells; zeros lifted to 1e-3 so that each term can
+    move."""
     design = layout.design
     weights = np.atleast_2d(design.weight if weights is None else weights)
     grid = _exponent_grid(layout)
@@ -615,15 +622,15 @@ def _rough_intercepts(layout: Layout, log_value: np.ndarray, weight: np.ndarray)
     return solution[-groups:]
 
 
-# ---- one fit, with its certificate -------------------------------------------------------------------------------
+# ---- one fit, with its certificate ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Certificate:
     """Why a fit may be believed: a stationary point, agreed on by several starts, with positive curvature.
 
-    `smallest_hessian_eigenvalue`: of the free block scaled to a unit majorising diagonal. `flat`: True where that
-    eigenvalue is zero to rounding, so that some parameter is not determined.
+    `smallest_hessian_eigenvalue`: of the free block scaled to a unit majorising diagonal. `flat`: True where
+    that eigenvalue is zero to rounding, so that some parameter is not determined.
     """
 
     stationary: bool
@@ -642,7 +649,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Solution:
-    """One fit: `p` (size,), the solver's objective and the reported one, Hessian (size, size), free mask (size,)."""
+    """One fit: `p` (size,), the solver's objective and the reported one, Hessian (size, size), free mask
+    (size,)."""
 
     layout: Layout
     p: np.ndarray
@@ -687,7 +695,8 @@ def raw_parameters(layout: Layout, p: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | None = None) -> Solution:
-    """The best of the local minima from the variable-projection starts. Raises UserError without a certificate."""
+    """The best of the local minima from the variable-projection starts. Raises UserError without a
+    certificate."""
     layout = make_layout(design, objective)
     begin = starts(layout)[0]
     if extra_starts is not None:

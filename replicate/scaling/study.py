@@ -1,6 +1,6 @@
 """All fits of a cube: every ansatz and metric, jointly over molecules and molecule by molecule.
 
-The result is a plain dictionary (fit.json; its keys are listed in `commands`) and a DataTree with all draws (fit.nc).
+The result is a plain dictionary (fit.json, keys listed in `commands`) and a DataTree with all draws (fit.nc).
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ RUNS_PER_PARAMETER = 3.0
 class Options:
     """What a user may choose about `fit CUBE`."""
 
-    objective: Objective = Objective("t")
+    objective: Objective = field(default_factory=lambda: Objective("t"))
     metrics: tuple[str, ...] = METRICS
     laws: tuple[str, ...] = FULL
     bootstrap: int = 4000
@@ -54,6 +55,8 @@ class Options:
     selection: bool = True
     seed: int = 0
     variants: tuple[str, ...] = ()
+    checkpoints: bool = False
+    allow_decayed: bool = False
     progress: Callable[[str], None] = lambda _: None
 
 
@@ -85,7 +88,7 @@ def design_of(rows: Rows, mask: np.ndarray, metric: str, law: Law, *, intercepts
         {v: rows.variables[v][mask] for v in law.variables},
         rows.value[metric][mask],
         group=group if intercepts and np.unique(group).size > 1 else None,
-        cluster=np.flatnonzero(mask),
+        cluster=rows.run[mask],
         censored=rows.censored[metric][mask],
         noise=rows.noise[metric][mask],
         runs_per_parameter=RUNS_PER_PARAMETER,
@@ -97,15 +100,21 @@ def check_separable(design: Design) -> float:
     condition = infer.design_condition(design)
     if condition > REFUSE_CONDITION:
         raise UserError(
-            f"law {design.law.formula}: the variables cannot be told apart (condition number {condition:.0f}, "
-            f"at most {REFUSE_CONDITION:.0f}); vary {' and '.join(design.law.variables)} in crossed ratios"
+            f"law {design.law.formula}: the variables cannot be told apart "
+            f"(condition number {condition:.0f}, at most {REFUSE_CONDITION:.0f}); "
+            f"vary {' and '.join(design.law.variables)} in crossed ratios"
         )
     return condition
 
 
 def fit_cube(path: Path, options: Options) -> tuple[dict[str, Any], xr.DataTree]:
     """Fit everything a cube allows. Raises UserError if nothing can be fitted at all, with the reasons."""
-    rows, truth = read_cube(path, variants=options.variants)
+    rows, truth = read_cube(
+        path,
+        variants=options.variants,
+        checkpoints=options.checkpoints,
+        allow_decayed=options.allow_decayed,
+    )
     result, tree = fit_rows(rows, truth, options)
     result["cube"], result["cube_sha256"] = path.name, file_sha256(path)
     return result, tree
@@ -126,6 +135,8 @@ def fit_rows(
             "bootstrap": options.bootstrap,
             "seed": options.seed,
             "v_score": rows.v_score.model_dump(),
+            "checkpoints": options.checkpoints,
+            "decayed_checkpoints": options.allow_decayed,
             "hold_outs": rows.spec.get("holdout", {}),
         },
         "table": _table(rows, options.metrics),
@@ -210,12 +221,13 @@ def fit_one(
     solution = solve(design, options.objective)
     label = f"{ansatz}/{metric}/{scope}/{law.name}"
     head = law.name == options.laws[0]
-    entry, draws = describe(solution, options.bootstrap, seed_of(options.seed, label))
-    entry = {
+    body, draws = describe(solution, options.bootstrap, seed_of(options.seed, label))
+    entry: dict[str, Any] = {
         "id": label, "ansatz": ansatz, "metric": metric, "scope": scope, "law": law.name,
         "headline": head and scope == "all", "metric_column": metric,
         "molecules": list(dict.fromkeys(rows.labels["molecule"][mask].tolist())),
-    } | entry  # fmt: skip
+    }  # fmt: skip
+    entry |= body
     entry["n_molecules"], entry["condition_number"] = len(entry["molecules"]), condition
     entry["variables"] = {
         v: {
@@ -230,6 +242,9 @@ def fit_one(
         entry["warnings"].append(
             f"condition number {condition:.0f}: separate exponents are poorly determined"
         )
+    if options.checkpoints:
+        label = "DECAYED CHECKPOINTS" if options.allow_decayed else "checkpoints of a constant rate"
+        entry["warnings"].append(f"{label} are among the points; the cluster of an interval is the run")
     if len(entry["molecules"]) == 1:
         entry["warnings"].append("one molecule: no intercepts, nothing is said about other molecules")
     if head and "N" in law.variables and options.test_replicates:
@@ -246,7 +261,7 @@ def fit_one(
 
 
 def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, Any], Draws | None]:
-    """Parameters, intervals of every kind, certificate and tests of one fit (the part shared with `fit --csv`)."""
+    """Parameters, intervals of every kind, certificate and tests of one fit (shared with `fit --csv`)."""
     layout, design = solution.layout, solution.layout.design
     law, raw = design.law, solution.raw()
     cov = infer.covariance(solution)
@@ -278,7 +293,7 @@ def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, 
     k, q = layout.n_terms, float(layout.power_of(solution.p[None])[0])
     beta = solution.p[layout.n_law : layout.n_model]
     shares = solution.p[:k] / solution.p[:k].sum()
-    entry = {
+    entry: dict[str, Any] = {
         "formula": law.formula,
         "parameters": raw,
         "centred": {n: float(solution.p[i] * design.median ** (1 / q)) for i, n in enumerate(law.amplitudes)},
@@ -325,7 +340,8 @@ def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]
             cov = infer.covariance(solution)
             out.append({
                 "what": what, "parameters": solution.raw(), "objective": solution.objective_value,
-                "intervals": infer.sandwich_intervals(solution, cov)[1], "n_points": solution.layout.design.n_points,
+                "intervals": infer.sandwich_intervals(solution, cov)[1],
+                "n_points": solution.layout.design.n_points,
             })  # fmt: skip
         except UserError as error:
             out.append({"what": what, "parameters": None, "reason": str(error)})
@@ -334,7 +350,7 @@ def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]
     for name in ("t:4", "huber:0.1", "huber:1e-3", "l2-log", "l2-raw"):
         other = parse_objective(name)
         if other != objective:
-            row(f"objective {other.name}", lambda other=other: solve(design, other))  # type: ignore[misc]
+            row(f"objective {other.name}", partial(solve, design, other))
     if law.floor is not None:
         row("without floor", lambda: infer.without_floor(head.solution))
     if len(design.group_names) > 1:
@@ -351,14 +367,18 @@ def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]
     if head.metric == "v_score":
         for n_dof in ("electrons", "qubits"):
             for e_inf in ("sector", "identity", "zero"):
-                convention = VScoreSpec(n_dof=n_dof, e_inf=e_inf)  # type: ignore[arg-type]
+                convention = VScoreSpec(n_dof=n_dof, e_inf=e_inf)
                 if convention != rows.v_score:
                     other_rows = rows.with_v_score(convention)
                     row(
                         f"V-score with {n_dof}, E_inf {e_inf}",
-                        lambda r=other_rows: solve(design_of(r, head.rows, "v_score", law), objective),  # type: ignore[misc]
+                        partial(_solve_rows, other_rows, head.rows, law, objective),
                     )
     return clean(out)
+
+
+def _solve_rows(rows: Rows, mask: np.ndarray, law: Law, objective: Objective) -> Solution:
+    return solve(design_of(rows, mask, "v_score", law), objective)
 
 
 def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
@@ -387,6 +407,11 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
                 models[molecule][key] = asdict(kappa)
             except UserError as error:
                 models[molecule][key] = {"reason": str(error)}
+        if len(rows.flops) == 2:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratio = rows.flops["flops_executed"][here] / rows.flops["flops_estimated"][here]
+            ratio = ratio[np.isfinite(ratio)]
+            models[molecule]["executed_over_estimated"] = float(np.median(ratio)) if ratio.size else None
     out: dict[str, Any] = {"fit": head.id, "flop_models": models}
     p = entry["parameters"]
     test = entry["tests"].get("size_matters")

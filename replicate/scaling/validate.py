@@ -81,7 +81,7 @@ def score_hold_outs(rows: Rows, truth: dict[str, np.ndarray], head: Fit, options
 def arm_effect(a1: float, a2: float, factor: float, floor_share: float = 0.0) -> tuple[float, float]:
     """ln L(N* f) - ln L(N*) and ln L(N*/f) - ln L(N*) on one IsoFLOP curve with linear kappa.
 
-    At the optimum a1 A1 N^-a1 = a2 A2 D^-a2, so the size term holds a2/(a1+a2) of L* - A0. `floor_share` = A0 / L*.
+    There a1 A1 N^-a1 = a2 A2 D^-a2, so the size term holds a2/(a1+a2) of L* - A0. `floor_share` = A0 / L*.
     """
     w1, w2 = a2 / (a1 + a2), a1 / (a1 + a2)
     up = floor_share + (1 - floor_share) * (w1 * factor**-a1 + w2 * factor**a2)
@@ -99,7 +99,7 @@ def seeds_needed(
     level: float = 0.05,
     power: float = 0.8,
 ) -> int:
-    """Seeds per arm that show the nearer of the two neighbours to be worse (one-sided z test of mean ln L)."""
+    """Seeds per arm that show the nearer of both neighbours to be worse (one-sided z test of mean ln L)."""
     effect = min(arm_effect(a1, a2, factor, floor_share))
     z = stats.norm.ppf(1 - level) + stats.norm.ppf(power)
     return math.ceil(2 * (z * sigma / effect) ** 2)
