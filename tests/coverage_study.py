@@ -33,7 +33,9 @@ def truth_of(quantity: str) -> float:
     return {"a1": TRUTH.a1, "a2": TRUTH.a2, "exponent": TRUTH.a2 / (TRUTH.a1 + TRUTH.a2)}[quantity]
 
 
-def one_set(seed: int, replicates: int, levels: tuple[float, ...] = LEVELS) -> dict[tuple[str, str, float], bool]:
+def one_set(
+    seed: int, replicates: int, levels: tuple[float, ...] = LEVELS
+) -> dict[tuple[str, str, float], bool]:
     """(quantity, kind, level) -> does the interval hold the truth, for one simulated cube."""
     options = CubeOptions(
         molecules=("H2O", "N2", "O2"),
@@ -104,7 +106,12 @@ def figure(rows: list[dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.4), sharey=True, layout="constrained")
-    styles = {k: s for k, s in zip(KINDS, (("#D55E00", "v"), ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^")), strict=True)}
+    styles = {
+        k: s
+        for k, s in zip(
+            KINDS, (("#D55E00", "v"), ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^")), strict=True
+        )
+    }
     titles = {"a1": "exponent of N, a1", "a2": "exponent of D', a2", "exponent": "dlnN*/dlnC = a2/(a1+a2)"}
     for axis, quantity in zip(axes, QUANTITIES, strict=True):
         axis.plot([0.45, 1], [0.45, 1], color="0.6", lw=1, label="exact")

@@ -161,9 +161,13 @@ class Covariance:
 
 
 def covariance(solution: Solution, cluster: np.ndarray | None = None) -> Covariance:
-    """Clustered sandwich H^-1 (sum_c s_c s_c') H^-1 with the factor G/(G-1) (n-1)/(n-p), and H^-1 itself."""
+    """Clustered sandwich H^-1 (sum_c s_c s_c') H^-1 with the factor G/(G-1) (n-1)/(n-p), and H^-1 itself.
+
+    A floor that the fit has put to zero still counts as free here: to take A0 = 0 for known makes the
+    interval of a1 far too narrow in just the data sets whose noise has pushed A0 to its bound.
+    """
     layout, design = solution.layout, solution.layout.design
-    free = np.flatnonzero(solution.free)
+    free = np.flatnonzero(_with_floor(solution))
     block = solution.hessian[np.ix_(free, free)]
     inverse = np.linalg.pinv(block, rcond=1e-12, hermitian=True)
     cluster = design.cluster if cluster is None else cluster
@@ -178,6 +182,20 @@ def covariance(solution: Solution, cluster: np.ndarray | None = None) -> Covaria
     model[np.ix_(free, free)] = inverse
     robust[np.ix_(free, free)] = factor * inverse @ (sums.T @ sums) @ inverse
     return Covariance(model, robust, max(g - k, 1))
+
+
+def _with_floor(solution: Solution) -> np.ndarray:
+    """(size,) the free parameters, and the floor at its bound where the Hessian stays positive with it."""
+    free, floor = solution.free, solution.layout.design.law.floor
+    if floor is None or free[solution.layout.names.index(floor)]:
+        return free
+    wider = free.copy()
+    wider[solution.layout.names.index(floor)] = True
+    block = solution.hessian[np.ix_(wider, wider)]
+    scale = np.sqrt(np.abs(np.diagonal(block)))
+    if np.any(scale == 0) or np.linalg.eigvalsh(block / scale / scale[:, None])[0] < 1e-6:
+        return free
+    return wider
 
 
 def point_scores(solution: Solution) -> np.ndarray:
@@ -228,7 +246,7 @@ def sandwich_intervals(
     amplitudes = set(solution.layout.design.law.amplitudes)
     for i, name in enumerate(names):
         value = raw[name]
-        if error[i] == 0 or not np.isfinite(value):
+        if error[i] == 0 or not np.isfinite(value) or (name in amplitudes and value == 0):
             out[name] = None
         elif name in amplitudes:
             # exp(700) is the largest double: a wider interval is no interval.
