@@ -93,6 +93,20 @@ def move_aside(path: Path) -> Path:
     return target
 
 
+def _load(path: Path) -> xr.Dataset:
+    """A point file in memory, undecoded: a study has thousands, and this is twice as fast as xarray's reader."""
+    import netCDF4
+    import xarray as xr
+
+    with netCDF4.Dataset(path) as file:
+        file.set_auto_maskandscale(False)
+        variables = {}
+        for name, variable in file.variables.items():
+            attributes = {key: variable.getncattr(key) for key in variable.ncattrs() if key != "_FillValue"}
+            variables[name] = (variable.dimensions, variable[...], attributes)
+        return xr.Dataset(variables, attrs={key: file.getncattr(key) for key in file.ncattrs()})
+
+
 # -- claims ------------------------------------------------------------------------------------------
 
 
@@ -219,13 +233,11 @@ class Store:
 
     def read_point(self, point_id: str) -> xr.Dataset | None:
         """The stored point in memory; None if it is missing, or unreadable and therefore moved aside."""
-        import xarray as xr
-
         path = self.point_path(point_id)
         if not path.exists():
             return None
         try:
-            data = xr.load_dataset(path, engine="netcdf4")
+            data = _load(path)
             if data.attrs["point_id"] != point_id:
                 raise ValueError(f"it holds point {data.attrs['point_id']}")
         except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
