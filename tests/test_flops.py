@@ -1,0 +1,213 @@
+"""FLOPs: closed forms against torch's counter, worked values, and executed counts of whole steps."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from chemistry import molecule, spec
+from networks import KINDS, PARAMS, wave_function
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from replicate import flops
+from replicate.ansatz import build_wave_function
+from replicate.ansatz.transformer import BLOCK_WIDTH
+from replicate.energy import LOCAL_ENERGY
+from replicate.sampler import sample_tree
+from replicate.sector import Sector
+from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec
+from replicate.trainer import train
+from replicate.tree import build_tree
+
+
+def counted(function: Any, *args: Any) -> int:
+    # The counter knows no CPU flash attention (it would count zero): spell attention out.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*args)
+    return int(counter.get_total_flops())
+
+
+def random_params(kind: str, rng: random.Random) -> dict[str, int]:
+    if kind == "made":
+        return {"width": rng.randint(1, 40), "depth": rng.randint(1, 3)}
+    heads = rng.choice([1, 2, 4])
+    d = heads * rng.choice([2, 4, 6])
+    return {"d": d, "heads": heads, "ff": rng.randint(1, 40), "layers": rng.randint(1, 3)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_closed_forms_equal_the_counter(kind: str) -> None:
+    """Exactly, over 20 random shapes. MADE: N_mod counts its biases, which a product does not."""
+    rng = random.Random(0)
+    for _ in range(20):
+        n_orbitals, params, batch = rng.randint(2, 9), random_params(kind, rng), rng.randint(1, 5)
+        sector = Sector(n_orbitals, 1, 1)
+        wave = build_wave_function(sector, kind, params, 4, 1, seed=0)
+        keys = torch.as_tensor(sector.enumerate_keys())[:batch]
+        expected = flops.forward_estimate(kind, params, sector.n_qubits)
+        if kind == "made":
+            biases = params["width"] * params["depth"] + 2 * sector.n_qubits
+            expected -= 2 * biases
+        assert counted(wave.network.flat_logits, keys) == len(keys) * expected
+        phase = flops.phase_forward(4, 1, sector.n_qubits, rows=len(keys))
+        assert counted(wave.phase, keys) == phase
+
+
+def test_recurrent_form_differs_by_the_outer_product() -> None:
+    """The counter sees q S as a product and k v^T, element-wise, as nothing: 2 L T d^2 / h."""
+    rng = random.Random(1)
+    for _ in range(20):
+        n_orbitals, params = rng.randint(2, 9), random_params("retnet", rng)
+        sector = Sector(n_orbitals, 1, 1)
+        wave = build_wave_function(sector, "retnet", params, 4, 1, seed=0)
+        keys = torch.as_tensor(sector.enumerate_keys())[:3]
+        outer = 2 * params["layers"] * n_orbitals * params["d"] ** 2 // params["heads"]
+        seen = counted(wave.modulus.flat_logits, keys, "recurrent")
+        assert seen == len(keys) * (flops.recurrent_estimate(params, sector.n_qubits) - outer)
+
+
+def test_recurrent_beats_parallel_when_the_sequence_is_longer_than_a_head() -> None:
+    """n/2 > d/h, exactly (SCIENCE.md section 6)."""
+    for tokens in range(2, 32):
+        for heads, d_head in ((1, 4), (2, 8), (4, 10), (8, 2)):
+            params = {"d": heads * d_head, "heads": heads, "ff": 16, "layers": 2}
+            recurrent = flops.recurrent_estimate(params, 2 * tokens)
+            parallel = flops.forward_estimate("retnet", params, 2 * tokens)
+            assert (recurrent < parallel) == (tokens > d_head)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("made", ["1.65e+09", "1.06e+10", "9.51e+10"]),
+        ("transformer", ["5.54e+10", "4.24e+11", "4.50e+12"]),
+        ("retnet", ["5.63e+10", "4.31e+11", "4.56e+12"]),
+    ],
+)
+def test_worked_values(kind: str, expected: list[str]) -> None:
+    """FLOP per step at the default sizes: H2O, N2, Li2O with B = 441, 1024, 1024; three digits."""
+    params = {"width": 64, "depth": 1} if kind == "made" else {"d": 32, "heads": 4, "ff": 512, "layers": 1}
+    got = []
+    for n, flips, batch in ((14, 228, 441), (20, 534, 1024), (30, 3810, 1024)):
+        parts = flops.estimate_sample(kind, params, 64, 1, n_qubits=n, n_unique_flips=flips)
+        assert parts["total"] == sum(value for name, value in parts.items() if name != "total")
+        got.append(f"{batch * parts['total']:.2e}")
+    assert got == expected
+
+
+def test_local_energy_dominates_the_estimate() -> None:
+    """97-99.9 % of it: claim 4 of the study, in its own accounting."""
+    for kind in KINDS:
+        params = (
+            {"width": 64, "depth": 1} if kind == "made" else {"d": 32, "heads": 4, "ff": 512, "layers": 1}
+        )
+        for n, flips in ((14, 228), (20, 534), (30, 3810)):
+            parts = flops.estimate_sample(kind, params, 64, 1, n_qubits=n, n_unique_flips=flips)
+            share = (parts["local_energy_modulus"] + parts["local_energy_phase"]) / parts["total"]
+            assert 0.97 < share < 0.9995
+
+
+def test_sampling_closed_forms_are_sums_over_tokens() -> None:
+    params = {"d": 6, "heads": 2, "ff": 10, "layers": 2}
+    weights = flops.matmul_weights("transformer", params, 16)
+    without = sum(2 * weights * t + 4 * 2 * t * t * 6 for t in range(1, 9))
+    with_cache = sum(2 * weights + 4 * 2 * t * 6 for t in range(1, 9))
+    assert flops.sampling_estimate("transformer", params, 16) == without
+    assert flops.sampling_estimate("transformer", params, 16, cache=True) == with_cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_executed_tree_passes_equal_the_counter(kind: str, share: float) -> None:
+    """Forward and gradient on a prefix tree, both networks, to the last operation."""
+    sector = Sector(6, 4, 3)
+    keys = torch.as_tensor(sector.enumerate_keys())[: int(share * sector.size)]
+    tree = build_tree(keys, sector)
+    wave = wave_function(sector, kind, dtype=torch.float32)
+    shape = (kind, PARAMS[kind], sector.n_qubits)
+    cost = {"nodes": tree.n_nodes, "tips": tree.n_tips, "block_width": BLOCK_WIDTH}
+    forward = flops.tree_forward(*shape, **cost)
+    assert counted(wave.log_prob, tree) == forward
+    log_prob = wave.log_prob(tree)
+    assert counted(log_prob.sum().backward) == flops.tree_forward(*shape, **cost, backward=True)
+    phase = wave.phase(keys)
+    expected = flops.phase_forward(11, 1, sector.n_qubits, rows=len(keys), backward=True)
+    assert counted(phase.sum().backward) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_executed_sampling_equals_the_counter(kind: str) -> None:
+    sector = Sector(6, 4, 3)
+    wave = wave_function(sector, kind, dtype=torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        samples = sample_tree(wave, 10**6, 30, torch.Generator().manual_seed(0))
+    expected = flops.sampler_forward(kind, PARAMS[kind], sector.n_qubits, nodes=samples.nodes)
+    if kind == "retnet":  # the outer products again, 2 d^2 / h per layer and node
+        params = PARAMS[kind]
+        expected -= sum(samples.nodes) * params["layers"] * 2 * params["d"] ** 2 // params["heads"]
+    assert counter.get_total_flops() == expected
+
+
+def whole_sector_point(name: str, kind: str) -> Point:
+    params: dict[str, dict[str, Any]] = {
+        "made": {"width": 64, "depth": 1},
+        "transformer": {"d": 32, "heads": 4, "ff": 128, "layers": 2},
+        "retnet": {"d": 32, "heads": 4, "ff": 128, "layers": 2},
+    }
+    return Point(
+        molecule=spec(name),
+        ansatz=AnsatzSpec(kind=kind, params=params[kind]),
+        phase=PhaseSpec(width=64, depth=1),
+        sampling=SamplingSpec(schedule="constant"),
+        steps=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("H2O", {"made": 75, "transformer": 500, "retnet": 500 / 1.5}),
+        ("N2", {"made": 150, "transformer": 2000, "retnet": 2000 / 1.5}),
+    ],
+)
+def test_reuse_saves_most_of_the_estimate(name: str, least: dict[str, float]) -> None:
+    """Estimated over executed FLOPs of a step at equal B (the whole sector, d = 32, L = 2, default phase)."""
+    mol = molecule(name)
+    for kind in KINDS:
+        point = whole_sector_point(name, kind)
+        record = next(iter(train(point, mol)))
+        parts = flops.estimate_step(
+            point,
+            n_qubits=mol.hamiltonian.n_qubits,
+            n_unique_flips=mol.hamiltonian.n_unique_flips,
+            batch=mol.search_space,
+        )
+        assert parts["total"] / record.flops_executed >= least[kind]
+
+
+@pytest.mark.parametrize("kind", ["made", "transformer"])
+def test_paper_mode_executes_the_estimate(kind: str) -> None:
+    """B M forward passes of both networks, counted; the rest is biases and softmax (< 2 %).
+
+    The estimate counts 2 for every parameter; a bias is one addition, which the counter leaves out.
+    """
+    mol = molecule("LiH")
+    point = whole_sector_point("LiH", kind)
+    run = train(point, mol)
+    keys = torch.as_tensor(run.sector.enumerate_keys())[::10]
+    # The Hamiltonian's own small products are no passes of a network.
+    seen = counted(LOCAL_ENERGY["paper"], run.wave, run.kernel, keys, 10**6)
+    seen -= counted(run.kernel.connected, keys)
+    biases = {"modulus": 0, "phase": 0}
+    for name, weight in run.weights.items():
+        biases[name.split(".")[0]] += weight.numel() if name.endswith("bias") and "norm" not in name else 0
+    positions = 1 if kind == "made" else run.sector.n_orbitals
+    seen += len(keys) * mol.hamiltonian.n_unique_flips * (positions * biases["modulus"] + biases["phase"])
+    parts = flops.estimate_step(
+        point, n_qubits=12, n_unique_flips=mol.hamiltonian.n_unique_flips, batch=len(keys)
+    )
+    estimate = parts["local_energy_modulus"] + parts["local_energy_phase"]
+    assert abs(seen / estimate - 1) < 0.02
