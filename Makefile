@@ -39,7 +39,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# New pins: upgrade the environment (`$(PY) -m pip install --upgrade --editable ".[dev]" hatchling`), test, then lock.
+# New pins: upgrade the environment (`$(PY) -m pip install --upgrade --editable ".[dev]"`), test, then lock.
 lock:
 	@{ echo "# Exact versions that the results and the tests were made with; written by \`make lock\`."; \
 	  $(PY) -m pip --disable-pip-version-check freeze --exclude-editable --exclude nqs-scaling --exclude pip \

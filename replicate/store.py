@@ -94,7 +94,7 @@ def move_aside(path: Path) -> Path:
 
 
 def _load(path: Path) -> xr.Dataset:
-    """A point file in memory, undecoded: a study has thousands, and this is twice as fast as xarray's reader."""
+    """A point file in memory, undecoded (twice as fast as xarray's own reader; a study has thousands)."""
     import netCDF4
     import xarray as xr
 
