@@ -128,10 +128,8 @@ def local_energies_exact(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk
 
 def local_energies_sampled(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int) -> LocalEnergies:
     """psi(x') counted only if x' is one of the samples (open question 2). `keys`: sorted, distinct."""
-    connected = kernel.connected(keys)
-    where = torch.searchsorted(keys, connected.key).clamp_(max=keys.shape[0] - 1)
-    inside = keys[where] == connected.key
-    row, where, value = connected.row[inside], where[inside], connected.value[inside]
+    inside = kernel.within(keys)
+    row, where, value = inside.row, inside.column, inside.value
     log_prob, phase, cost = tree_amplitudes(wave, keys, chunk)
     log_ratio = 0.5 * (log_prob[where] - log_prob[row])
     return LocalEnergies(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]), cost)
