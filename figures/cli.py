@@ -13,7 +13,7 @@ from pathlib import Path
 
 import figures.catalogue  # noqa: F401  (registers every figure and table)
 from figures.data import DataError, load_study
-from figures.readme import rewrite
+from figures.readme import check, rewrite
 from figures.registry import artefacts
 from figures.render import FORMATS, build, write
 from figures.report import report_html
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not problems:
         try:
             study = load_study(arguments.cube, fit)
+            if arguments.readme is not None:
+                check(arguments.readme)
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -92,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     built = sum(product.result is not None for product in products)
     lines = [f"{built} of {len(products)} figures and tables, {len(files)} files in {folder}"]
-    lines += [f"missing: {p.artefact.name}: {reason}" for p in products for reason in p.missing]
+    gaps: dict[str, list[str]] = {}
+    for product in products:
+        for reason in product.missing:
+            gaps.setdefault(reason, []).append(product.artefact.name)
+    lines += [f"missing: {', '.join(names)}: {reason}" for reason, names in gaps.items()]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

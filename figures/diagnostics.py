@@ -266,7 +266,8 @@ def held_out(study: StudyData) -> Plot:
         if limits:
             for which in ("x", "y"):
                 style.log_axis(axis, which, limits, pad=2, max_ticks=5)
-            axis.axline((limits[0], limits[0]), slope=1, color=style.SOFT, lw=0.8, ls=(0, (3, 2)))
+            ends = axis.get_xlim()
+            axis.plot(ends, ends, color=style.SOFT, lw=0.8, ls=(0, (3, 2)), zorder=1, gid="equality")
         axis.set_xlabel(f"observed {style.METRIC_LABEL[metric]}")
         axis.set_ylabel("predicted (same unit)")
     if not rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from figures import style
@@ -18,48 +18,47 @@ from figures.registry import Plot, Sheet, Table
 from figures.render import Product
 
 _MARK = re.compile(r"<!-- figures:(?P<name>[\w-]+) -->\n?(?P<body>.*?)<!-- /figures:(?P=name) -->", re.DOTALL)
+SECTIONS = ("numbers", "first-figure", "verdicts", "coefficients", "flops")
 _OPEN = re.compile(r"<!-- figures:([\w-]+) -->")
 
 
-def rewrite(path: Path, study: StudyData, products: Sequence[Product], folder: Path) -> None:
-    """Fill every marked section of `path` (UTF-8); figures are linked relative to it. Raises DataError."""
+def check(path: Path) -> None:
+    """Raise DataError unless `path` exists and every marker in it is known and closed."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     text = path.read_text(encoding="utf-8")
-    link = Path(os.path.relpath(folder.resolve(), path.resolve().parent)).as_posix()
-    filled = fill(text, sections(study, products, link), str(path))
-    if filled != text:
-        path.write_text(filled, encoding="utf-8", newline="\n")
-
-
-def fill(text: str, content: Mapping[str, str], source: str = "README") -> str:
-    """`text` with the body of every marked section replaced."""
-    unknown = [name for name in _OPEN.findall(text) if name not in content]
+    unknown = [name for name in _OPEN.findall(text) if name not in SECTIONS]
     if unknown:
-        raise DataError(
-            f"{source}: unknown section figures:{unknown[0]}; one of {', '.join(sorted(content))}"
-        )
+        raise DataError(f"{path}: unknown section figures:{unknown[0]}; one of {', '.join(SECTIONS)}")
     if len(_OPEN.findall(text)) != len(_MARK.findall(text)):
-        raise DataError(f"{source}: a figures: marker is not closed")
-    return _MARK.sub(
+        raise DataError(f"{path}: a figures: marker is not closed")
+
+
+def rewrite(path: Path, study: StudyData, products: Sequence[Product], folder: Path) -> None:
+    """Fill every marked section of `path` (UTF-8, checked before); figures are linked relative to it."""
+    text = path.read_text(encoding="utf-8")
+    link = Path(os.path.relpath(folder.resolve(), path.resolve().parent)).as_posix()
+    content = sections(study, products, link)
+    filled = _MARK.sub(
         lambda m: (
             f"<!-- figures:{m['name']} -->\n{content[m['name']].rstrip()}\n<!-- /figures:{m['name']} -->"
         ),
         text,
     )
+    if filled != text:
+        path.write_text(filled, encoding="utf-8", newline="\n")
 
 
 def sections(study: StudyData, products: Sequence[Product], link: str) -> dict[str, str]:
     """Markdown of every section, by name."""
     built = {product.artefact.name: product for product in products}
-    makers: dict[str, Callable[[], str]] = {
-        "numbers": lambda: _numbers(study),
-        "first-figure": lambda: _figure(built, link, ("v_score_vs_n", "abs_error_vs_n", "training_curves")),
-        "verdicts": lambda: _table(built, "verdicts", ("statement", "verdict", "value", "statistic")),
-        "coefficients": lambda: _table(built, "coefficients"),
-        "flops": lambda: _table(built, "flops"),
+    return {
+        "numbers": _numbers(study),
+        "first-figure": _figure(built, link, ("v_score_vs_n", "abs_error_vs_n", "training_curves")),
+        "verdicts": _table(built, "verdicts", ("statement", "verdict", "value", "statistic")),
+        "coefficients": _table(built, "coefficients"),
+        "flops": _table(built, "flops"),
     }
-    return {name: make() for name, make in makers.items()}
 
 
 def _numbers(study: StudyData) -> str:

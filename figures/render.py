@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ _METADATA = {
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "png": {"Software": None},
 }
+
+
+_REFERENCE = re.compile(r"(?:href=\"#|url\(#)([^\")]+)")
+_AUTOMATIC = re.compile(r"[a-zA-Z0-9]+_\d+|[mp][0-9a-f]{8,}")  # the ids that matplotlib gives by itself
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,23 @@ def _image(plot: Plot, fmt: str) -> bytes:
     plot.figure.savefig(
         buffer, format=fmt, metadata=_METADATA[fmt], facecolor="white" if fmt == "png" else None
     )
-    return buffer.getvalue()
+    return _tidy(buffer.getvalue().decode("utf-8")).encode("utf-8") if fmt == "svg" else buffer.getvalue()
+
+
+def _tidy(svg: str) -> str:
+    """Keep only ids that something refers to: others repeat from panel to panel, which SVG forbids.
+
+    Names given to artists stay readable as `data-artist`.
+    """
+    wanted = set(_REFERENCE.findall(svg))
+
+    def rename(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in wanted:
+            return match[0]
+        return "" if _AUTOMATIC.fullmatch(name) else f' data-artist="{name}"'
+
+    return re.sub(r' id="([^"]*)"', rename, svg)
 
 
 def write(products: Sequence[Product], folder: Path, formats: Sequence[str]) -> list[Path]:

@@ -298,8 +298,11 @@ def ansatz_handles(kinds: Sequence[str], *, line: bool = True) -> list[Line2D]:
 def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """One legend under all panels, as many columns as fit: it cannot hide data."""
     if handles:
-        entry = 0.62 + 0.062 * max(len(str(handle.get_label())) for handle in handles)  # inches, 7.5 pt text
-        columns = max(1, min(6, len(handles), int(figure.get_figwidth() / entry)))
+        widths = [0.62 + 0.062 * len(str(handle.get_label())) for handle in handles]  # inches, 7.5 pt text
+        for columns in range(min(6, len(widths)), 0, -1):
+            deep = math.ceil(len(widths) / columns)
+            if sum(max(widths[i : i + deep]) for i in range(0, len(widths), deep)) <= figure.get_figwidth():
+                break
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
 
 

@@ -60,12 +60,13 @@ def coefficients(study: StudyData) -> Sheet:
             "point_ids": " ".join(study.ids_of(law)),
         }
         rows.append(row | {name: law.quantity(name) for name in PARAMETERS})
-    refused = [
-        f"{item.get('ansatz')}, {item.get('metric')}, {item.get('scope')}: {item.get('reason')}"
-        for item in fits.record.get("refused", [])
-        if item.get("law") == ADDITIVE
-    ]
-    notes += [f"no law for {item}" for item in refused]
+    refused: dict[str, list[str]] = {}
+    for item in fits.record.get("refused", []):
+        if item.get("law") == ADDITIVE:
+            refused.setdefault(str(item.get("reason")), []).append(
+                f"{item.get('ansatz')} {item.get('metric')} {item.get('scope')}"
+            )
+    notes += [f"no law for {', '.join(cases)}: {reason}" for reason, cases in refused.items()]
     columns = (
         Column("metric", "metric"),
         Column("ansatz", "ansatz"),
