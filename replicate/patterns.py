@@ -69,51 +69,56 @@ def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
         else:
             general.append((flip, strings, np.int64(0)))
     columns = [(np.int64(0), slice(0, 0), np.int64(0)), *linear, *tabulated, *general]
-    conserve, code = np.zeros((n, len(columns))), np.zeros((n, len(columns)))
-    table, local_qubits = np.zeros((len(columns), 2 * LOCAL)), np.full((len(columns), 4), 63)
+    flips = np.array([flip for flip, _, _ in columns], dtype=np.int64)
+    outers = np.array([outer for _, _, outer in columns], dtype=np.int64)
+    first_general = 1 + len(linear) + len(tabulated)
+    qubits = np.arange(n)
+    flipped = flips >> qubits[:, None] & 1  # (qubit, column)
+    conserve: NDArray[np.float64] = np.where(qubits % 2 == 0, 1.0, 64.0)[:, None] * flipped
+    rank = np.cumsum(flipped, axis=0) - 1  # of a flipped qubit among those of its column
+    code = flipped * 2.0 ** np.maximum(rank, 0) + LOCAL * (outers >> qubits[:, None] & 1)
+    code[:, first_general:] = 0.0
+    local_qubits = np.full((len(columns), 4), 63)
+    qubit, column = np.nonzero(flipped[:, :first_general])
+    local_qubits[column, rank[qubit, column]] = qubit
+
+    # the diagonal and general patterns come whole from elsewhere: as a factor, or filled in by the kernel
+    table = np.ones((len(columns), 2 * LOCAL))
+    parity = np.repeat([1.0, -1.0], LOCAL)
     linear_constant, linear_factor = np.zeros(len(linear)), np.zeros((n, len(linear)))
     may_vanish = bool(linear or general)
-    for c, (flip, strings, outer) in enumerate(columns):
-        flipped = _positions(flip)
-        conserve[flipped, c] = np.where(flipped % 2 == 0, 1.0, 64.0)
+    for c, (flip, strings, outer) in enumerate(linear):
         z, weights = hamiltonian.z_masks[strings], hamiltonian.weights[strings]
-        if c == 0 or c > len(linear) + len(tabulated):
-            table[c] = 1.0  # the whole element comes as a factor, or is filled in by `_add_general`
-            continue
-        local_qubits[c, : len(flipped)] = flipped
-        code[flipped, c] = 2.0 ** np.arange(len(flipped))
-        code[_positions(outer), c] = LOCAL
-        parity = np.repeat([1.0, -1.0], LOCAL)
-        if c <= len(linear):
-            # of the two flipped qubits exactly one is filled: a Z pair on them is -1, so that it joins the
-            # strings
-            weights = np.where((z & flip) == 0, weights, -weights)
-            extra = (z & ~flip) ^ outer
-            linear_constant[c - 1] = weights[extra == 0].sum()
-            np.add.at(linear_factor[:, c - 1], _positions_of_single(extra[extra != 0]), weights[extra != 0])
-            table[c] = parity
-            continue
-        local = _deposit(np.arange(LOCAL, dtype=np.int64), flipped)
-        values = (1.0 - 2.0 * (popcount(local[:, None] & z) & 1)) @ weights
+        # of the two flipped qubits exactly one is filled: a Z pair on them is -1, so that it joins the
+        # strings
+        weights = np.where((z & flip) == 0, weights, -weights)
+        extra = (z & ~flip) ^ outer
+        linear_constant[c] = weights[extra == 0].sum()
+        np.add.at(linear_factor[:, c], _position(extra[extra != 0]), weights[extra != 0])
+        table[1 + c] = parity
+    for c, (flip, strings, _) in enumerate(tabulated, start=1 + len(linear)):
+        local = _deposit(local_qubits[c, : popcount(flip)])
+        sign = 1.0 - 2.0 * (np.bitwise_count(local[:, None] & hamiltonian.z_masks[strings]) & 1)
+        values = sign @ hamiltonian.weights[strings]
         table[c] = parity * np.tile(values, 2)
-        allowed = popcount(local & alpha) * 2 == popcount(flip & alpha)
-        allowed &= popcount(local & ~alpha) * 2 == popcount(flip & ~alpha)
-        may_vanish = may_vanish or bool(np.any(np.abs(values[allowed]) <= NEGLIGIBLE))
+        balanced = np.bitwise_count(local & alpha) * 2 == np.bitwise_count(flip & alpha)
+        balanced &= np.bitwise_count(local & ~alpha) * 2 == np.bitwise_count(flip & ~alpha)
+        may_vanish = may_vanish or bool(np.any(np.abs(values[balanced]) <= NEGLIGIBLE))
 
     diagonal = slice(0, int(hamiltonian.offsets[1]))
     z, weights = hamiltonian.z_masks[diagonal], hamiltonian.weights[diagonal]
     size = popcount(z)
     quadratic, diagonal_linear = np.zeros((n, n)), np.zeros(n)
-    diagonal_linear[_positions_of_single(z[size == 1])] = weights[size == 1]
+    diagonal_linear[_position(z[size == 1])] = weights[size == 1]
     low = z[size == 2] & -z[size == 2]
-    quadratic[_positions_of_single(low), _positions_of_single(z[size == 2] ^ low)] = weights[size == 2]
+    quadratic[_position(low), _position(z[size == 2] ^ low)] = weights[size == 2]
     masks = [hamiltonian.z_masks[strings] for _, strings, _ in general]
     values_general = [hamiltonian.weights[strings] for _, strings, _ in general]
     return Plan(
-        flips=np.array([flip for flip, _, _ in columns], dtype=np.int64),
+        flips=flips,
         n_linear=len(linear),
         n_general=len(general),
-        outer=np.array([outer for _, _, outer in columns], dtype=np.int64),
+        outer=outers,
         local=local_qubits,
         conserve=conserve,
         code=code,
@@ -139,16 +144,12 @@ def _between(flip: np.int64) -> np.int64:
     return (high - 1) & ~(2 * low - 1)
 
 
-def _positions(mask: np.int64) -> NDArray[np.int64]:
-    """Set bits, ascending."""
-    return np.array([q for q in range(63) if int(mask) >> q & 1], dtype=np.int64)
-
-
-def _positions_of_single(masks: NDArray[np.int64]) -> NDArray[np.int64]:
+def _position(masks: NDArray[np.int64]) -> NDArray[np.int64]:
     """The position of the only set bit of each mask."""
     return popcount(masks - 1)
 
 
-def _deposit(values: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Spread the low bits of `values` onto `positions`; bits beyond them are ignored."""
+def _deposit(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The low bits of 0 to LOCAL - 1 spread onto `positions`; bits beyond them are ignored."""
+    values = np.arange(LOCAL, dtype=np.int64)
     return np.bitwise_or.reduce([(values >> j & 1) << q for j, q in enumerate(positions)])
