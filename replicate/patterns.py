@@ -50,8 +50,7 @@ class Plan:
 
 
 def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
-    """Sort the patterns into the three forms and fill their tables; a few milliseconds of plain loops over
-    patterns."""
+    """Sort the patterns into the three forms and fill their tables, once per kernel (0.1 s for Li2O)."""
     n = hamiltonian.n_qubits
     alpha = np.int64(sum(1 << q for q in range(0, n, 2)))
     linear, tabulated, general = [], [], []
