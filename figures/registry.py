@@ -126,12 +126,13 @@ class Table:
         return header
 
     def csv_rows(self) -> list[list[str]]:
+        spread = {column.key for column in self.columns if self._is_quantity(column)}
         lines = []
         for row in self.rows:
             line: list[str] = []
             for column in self.columns:
                 cell = row.get(column.key)
-                if self._is_quantity(column):
+                if column.key in spread:
                     cell = cell if isinstance(cell, Quantity) else Quantity(_as_float(cell))
                     line += [_raw(cell.value), _raw(cell.low), _raw(cell.high)]
                 else:

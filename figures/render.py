@@ -56,7 +56,10 @@ def build(study: StudyData, chosen: Sequence[Artefact] | None = None) -> list[Pr
             except MissingData as gap:
                 products.append(Product(item, None, str(gap)))
                 continue
-            drawing = _image(result, "svg").decode("utf-8") if isinstance(result, Plot) else ""
+            drawing = ""
+            if isinstance(result, Plot):
+                drawing = _image(result, "svg").decode("utf-8")
+                result.figure.set_layout_engine("none")  # laid out once: the other formats keep the positions
             products.append(Product(item, result, svg=drawing))
     return products
 

@@ -206,7 +206,7 @@ def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, m
     ticks = _log_ticks(low, high, max_ticks)
     side.set_major_locator(FixedLocator(ticks))
     side.set_major_formatter(FixedFormatter(tick_labels(ticks)))
-    if high / low < 1e7:
+    if high / low < 1e5:
         side.set_minor_locator(LogLocator(subs=tuple(range(2, 10)), numticks=100))
     else:
         side.set_minor_locator(NullLocator())
