@@ -19,6 +19,7 @@ from figures.scaling import drawable
 _AXES = ("n_total", "d_prime", "steps", "search_fraction", "fitted", "molecule")
 _BINS = 6
 _HEADLINE = "headline fit"
+_PROFILE_TOP = 2.5  # of a profile axis, in units of the cut
 
 
 def _headline_laws(study: StudyData, metric: str) -> list[LawFit]:
@@ -550,7 +551,12 @@ def profiles(study: StudyData) -> Plot:
     """The fit's profile curves: rise of the objective against each exponent; where none is stored,
     missing."""
     study.need_fits()
-    laws = [law for metric in METRICS for law in _quiet(study, metric) if law.record.get("profiles")]
+    laws = [
+        law
+        for metric in METRICS
+        for law in _quiet(study, metric)
+        if any((law.record.get("profiles") or {}).values())
+    ]
     if not laws:
         raise MissingData("the fit file holds no profile curves")
     kinds = list(dict.fromkeys(law.ansatz for law in laws))
@@ -558,6 +564,7 @@ def profiles(study: StudyData) -> Plot:
     figure = style.new_figure(style.DOUBLE, 0.6 + 1.9 * len(metrics))
     axes = figure.subplots(len(metrics), 2, squeeze=False)
     rows: list[dict[str, Cell]] = []
+    tops: dict[Axes, float] = {}
     for law in laws:
         look = style.ansatz_style(law.ansatz, kinds)
         for j, name in enumerate(("a1", "a2")):
@@ -565,35 +572,42 @@ def profiles(study: StudyData) -> Plot:
             if not curve:
                 continue
             axis = axes[metrics.index(law.metric), j]
-            x, rise = np.asarray(curve["x"], float), np.asarray(curve["objective"], float)
-            axis.plot(
-                x, rise - np.nanmin(rise), color=look.color, ls=look.line, gid=f"profile:{law.ansatz}:{name}"
-            )
+            x, deviance = np.asarray(curve["x"], float), np.asarray(curve["deviance"], float)
+            axis.plot(x, deviance, color=look.color, ls=look.line, gid=f"profile:{law.ansatz}:{name}")
+            tops[axis] = max(tops.get(axis, 0.0), _PROFILE_TOP * float(curve["cut"]))
+            axis.axhline(float(curve["cut"]), color=style.SOFT, lw=0.7, ls=(0, (1, 1)), gid="cut")
             rows += [
                 {
                     "metric": law.metric,
                     "ansatz": law.ansatz,
                     "parameter": name,
                     "x": float(a),
-                    "rise": float(b - np.nanmin(rise)),
+                    "deviance": float(b),
+                    "cut": float(curve["cut"]),
                     "point_ids": " ".join(study.ids_of(law)),
                 }
-                for a, b in zip(x, rise, strict=True)
+                for a, b in zip(x, deviance, strict=True)
             ]
+    if not rows:
+        raise MissingData("no exponent has a profile: every term is at its bound")
     for i, metric in enumerate(metrics):
         for j, label in enumerate(("α$_1$", "α$_2$")):
             axes[i, j].set_title(style.METRIC_NAME[metric], fontweight="normal")
             axes[i, j].set_xlabel(f"{label} (dimensionless)")
             style.plain_axis(axes[i, j], "x")
-            axes[i, j].set_ylabel("rise of the objective")
-            axes[i, j].set_ylim(bottom=0)
+            axes[i, j].set_ylabel("deviance (dimensionless)")
+            axes[i, j].set_ylim(0, tops.get(axes[i, j], 1.0))
+            style.exponent_axis(axes[i, j])
     handles = style.ansatz_handles(kinds)
     for handle in handles:
         handle.set_marker("")
     style.legend_below(figure, handles)
     caption = (
-        "Rise of the objective above its minimum when one exponent is held and the rest refitted, "
-        "from the fit file."
+        "Profile likelihood: deviance above the minimum, rescaled to the sandwich variance, when one "
+        "exponent is held and "
+        "the rest refitted. Dotted: the height that bounds the 95 % interval. A flat side means that the "
+        "runs do not "
+        "bound the exponent there."
     )
     alt = "Profile curves of both exponents per ansatz and metric."
     return Plot(figure, Table(tuple(Column(c, c) for c in rows[0]), tuple(rows)), caption, alt)

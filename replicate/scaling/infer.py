@@ -276,13 +276,19 @@ def percentile_intervals(draws: Draws, level: float = LEVEL) -> dict[str, tuple[
 
 
 def profile_intervals(
-    solution: Solution, cov: Covariance, names: Sequence[str], level: float = LEVEL
+    solution: Solution,
+    cov: Covariance,
+    names: Sequence[str],
+    level: float = LEVEL,
+    curves: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, tuple[float, float] | None]:
     """Intervals where twice the drop of the objective, rescaled by model over sandwich variance (so that
     clusters and a wrong noise model count; Rotnitzky & Jewell 1990), reaches the square of a t quantile.
 
     `names`: law parameters; an amplitude is profiled at the geometric means (centred). All constrained fits
     of all parameters are one batch. A side on which the bound is never reached is the parameter's bound.
+    `curves` receives {name: {"x", "deviance", "cut"}}: the rescaled profile and the height that bounds the
+    interval.
     """
     layout = solution.layout
     columns = [layout.names.index(n) for n in names]
@@ -314,6 +320,13 @@ def profile_intervals(
             root = np.sqrt(np.maximum(2 * drop[i, side] * ratio, 0.0))
             ends.append(_crossing(solution.p[j], values[i, side], root, np.sqrt(cut), (-1.0, 1.0)[side]))
         out[name] = (max(ends[0], lower[j]), min(ends[1], upper[j]))
+        if curves is not None:
+            deviance = np.maximum(2 * drop[i] * ratio, 0.0)
+            curves[name] = {
+                "x": [*values[i, 0][::-1].tolist(), float(solution.p[j]), *values[i, 1].tolist()],
+                "deviance": [*deviance[0][::-1].tolist(), 0.0, *deviance[1].tolist()],
+                "cut": cut,
+            }
     return out
 
 

@@ -271,7 +271,8 @@ def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, 
     if draws is not None:
         by_kind["bootstrap"] = infer.percentile_intervals(draws)
     profiled = [n for n in law.parameters if n not in law.amplitudes]
-    by_kind["profile"] = infer.profile_intervals(solution, cov, profiled)
+    profiles: dict[str, dict[str, Any]] = {}
+    by_kind["profile"] = infer.profile_intervals(solution, cov, profiled, curves=profiles)
     intervals: dict[str, Any] = dict(by_kind["bootstrap"] if draws is not None else sandwich)
     tests: dict[str, Any] = {}
     floor = infer.floor_test(solution)
@@ -308,6 +309,7 @@ def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, 
         "intervals": intervals,
         "intervals_by_kind": by_kind,
         "conservative": conservative,
+        "profiles": profiles,
         "covariance": {"names": list(names), "matrix": (rows @ cov.sandwich @ rows.T).tolist()},
         "certificate": asdict(solution.certificate),
         "n_points": design.n_points,
