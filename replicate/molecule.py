@@ -206,7 +206,7 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
         check=False,
     )
     if done.returncode == 2:
-        raise UserError(*json.loads(done.stdout)["problems"])
+        raise UserError(*json.loads(done.stdout.splitlines()[-1])["problems"])
     if done.returncode != 0:
         raise RuntimeError(
             f"{spec.name}: the PySCF process ended with {done.returncode}:\n{done.stderr[-2000:]}"

@@ -55,7 +55,7 @@ def solve(problem: dict[str, Any]) -> dict[str, Any]:
     else:
         mol = _build(problem)
         mf = scf.ROHF(mol) if mol.spin else scf.RHF(mol)
-        _converge(mf, None)
+        _converge(mf, None, problem["name"])
         coefficients, energies = canonical_orbitals(mf, problem.get("degenerate", "generic"))
         constant = float(mol.energy_nuc())
         h1 = coefficients.T @ mf.get_hcore() @ coefficients
@@ -132,11 +132,11 @@ def _from_fcidump(problem: dict[str, Any]) -> tuple[Any, float, Floats, Floats]:
     mf.energy_nuc = lambda *_: dump.constant
     mf._eri = ao2mo.restore(8, dump.eri, t)
     alpha, beta = (np.diag((np.arange(t) < n).astype(float)) for n in mol.nelec)
-    _converge(mf, np.array([alpha, beta]) if dump.ms2 else alpha + beta)
+    _converge(mf, np.array([alpha, beta]) if dump.ms2 else alpha + beta, problem["fcidump"])
     return mf, dump.constant, dump.h1, dump.eri
 
 
-def _converge(mf: Any, start: Floats | None) -> None:
+def _converge(mf: Any, start: Floats | None, name: str) -> None:
     """Converge to a gradient of 1e-9, second order if DIIS does not get there.
 
     Symmetry zeros of the integrals are then clean to about 1e-10, well below the threshold of the Pauli
@@ -151,7 +151,7 @@ def _converge(mf: Any, start: Floats | None) -> None:
         second.kernel(mf.mo_coeff, mf.mo_occ)
         if not second.converged:
             raise UserError(
-                "the self-consistent field does not converge; check the geometry, charge and multiplicity"
+                f"{name}: Hartree-Fock does not converge; check coordinates, charge and multiplicity"
             )
         mf.mo_coeff, mf.mo_occ, mf.mo_energy = second.mo_coeff, second.mo_occ, second.mo_energy
         mf.e_tot, mf.converged = second.e_tot, True

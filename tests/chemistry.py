@@ -42,7 +42,7 @@ def integrals(name: str, degenerate: str = "generic") -> tuple[Integrals, float,
 
     mol = scf._build({**TABLE[name], "name": name})
     mf = pyscf_scf.ROHF(mol) if mol.spin else pyscf_scf.RHF(mol)
-    scf._converge(mf, None)
+    scf._converge(mf, None, name)
     c, _ = scf.canonical_orbitals(mf, degenerate)
     h1 = c.T @ mf.get_hcore() @ c
     eri = ao2mo.restore(1, ao2mo.kernel(mol, c), len(h1))

@@ -168,6 +168,14 @@ def test_orbital_signs_and_degenerate_frames_do_not_depend_on_where_they_start()
             np.testing.assert_allclose(oriented @ oriented.T, block @ block.T, atol=1e-12)
 
 
+def test_degenerate_frame_is_part_of_the_molecule() -> None:
+    generic, aligned = molecule("N2"), load_molecule(spec("N2", degenerate="aligned", unique_flips=None))
+    assert (generic.hamiltonian.n_unique_flips, aligned.hamiltonian.n_unique_flips) == (534, 378)
+    for energy in ("e_hf", "e_ccsd", "e_fci", "e_inf_sector", "e_inf_identity"):
+        assert getattr(aligned, energy) == pytest.approx(getattr(generic, energy), abs=1e-7), energy
+    assert spec("N2").identity() != spec("N2", degenerate="aligned").identity()
+
+
 # -- cache --------------------------------------------------------------------------------------------
 
 
