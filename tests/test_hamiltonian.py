@@ -207,6 +207,46 @@ def fermion_matrix(name: str) -> tuple[np.ndarray, list[int]]:
     return matrix(openfermion.get_fermion_operator(hamiltonian)) / scale, states
 
 
+def random_integrals(n_orbitals: int, seed: int) -> Integrals:
+    rng = np.random.default_rng(seed)
+    h1, eri = rng.normal(size=(n_orbitals,) * 2), rng.normal(size=(n_orbitals,) * 4)
+    eri = eri + eri.transpose(1, 0, 2, 3)
+    eri = eri + eri.transpose(0, 1, 3, 2)
+    return Integrals(rng.normal(), h1 + h1.T, eri + eri.transpose(2, 3, 0, 1))
+
+
+def spectrum_of(
+    operator: openfermion.FermionOperator, n_orbitals: int, electrons: tuple[int, int]
+) -> np.ndarray:
+    filled = [p < count for p in range(n_orbitals) for count in electrons]
+    matrix = openfermion.get_number_preserving_sparse_operator(
+        operator, 2 * n_orbitals, sum(electrons), spin_preserving=True, reference_determinant=filled
+    )
+    return np.linalg.eigvalsh(matrix.toarray())
+
+
+def spectrum(hamiltonian: Hamiltonian, order: str = "reversed") -> np.ndarray:
+    n_alpha, n_beta = hamiltonian.n_alpha, hamiltonian.n_beta
+    keys = Sector(hamiltonian.n_qubits // 2, n_alpha, n_beta, order).enumerate_keys()
+    matrix = Kernel(hamiltonian, order).sector_matrix(torch.from_numpy(keys))
+    return torch.linalg.eigvalsh(matrix.to_dense()).numpy()
+
+
+@ORDERS
+@pytest.mark.parametrize("electrons", [(1, 0), (2, 1), (0, 3), (2, 2), (4, 1), (4, 4)])
+def test_spectrum_of_random_integrals(electrons: tuple[int, int], order: str) -> None:
+    ints = random_integrals(4, seed=sum(electrons))
+    operator = openfermion.get_fermion_operator(interaction_operator(ints))
+    ours = spectrum(build(ints, electrons), order)
+    np.testing.assert_allclose(ours, spectrum_of(operator, 4, electrons), atol=1e-9, rtol=0)
+
+
+def test_operators_of_other_tools_are_taken() -> None:
+    lattice = openfermion.fermi_hubbard(2, 2, tunneling=1.0, coulomb=4.0)
+    ours = from_openfermion(openfermion.jordan_wigner(lattice), n_alpha=2, n_beta=2)
+    np.testing.assert_allclose(spectrum(ours), spectrum_of(lattice, 4, (2, 2)), atol=1e-9, rtol=0)
+
+
 def test_spectrum_of_water_is_that_of_pyscf() -> None:
     from pyscf import fci
 
