@@ -68,13 +68,13 @@ def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
     if flips is not None:
         total = estimated_parts(point, n, flips, point.steps * batch)["total"]
     if seconds_per_step is None:
-        connected = space if batch == space or flips is None else min(space, round(CONNECTED_SHARE * batch * flips))
+        reached = space if flips is None else round(CONNECTED_SHARE * batch * flips)
+        connected = space if batch == space else min(space, reached)
         weights = PREFIXES_PER_DETERMINANT * counts[0] + counts[1]
-        work = (
-            2.0 * weights * (connected if batch < space else 0) + 6.0 * weights * batch
-        )  # local energy, gradient
+        local_energy = 2.0 * weights * (connected if batch < space else 0)
+        gradient = 6.0 * weights * batch  # forward and backward; one pass serves both where batch = space
         overhead = STEP_SECONDS.get(point.ansatz.kind, 5e-3) + ROW_SECONDS * connected
-        seconds_per_step = overhead + work / FLOP_PER_SECOND
+        seconds_per_step = overhead + (local_energy + gradient) / FLOP_PER_SECOND
     return Estimate(point, *counts, total, point.steps * seconds_per_step)
 
 

@@ -226,8 +226,6 @@ def run_point(
     for record in run:
         progress.add(record, keep=progress.step + 1 in kept)
         on_step(progress.step)
-        if progress.step == point.steps:
-            break
         stopping = stop()
         due = (every.seconds and time.perf_counter() - last_time >= every.seconds) or (
             every.steps and progress.step - last_step >= every.steps

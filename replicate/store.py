@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from replicate.trainer import Checkpoint
 
 HEARTBEAT_SECONDS = 15.0
+LEFTOVER_SECONDS = 3600.0  # temporary files older than this belong to nobody
 STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over
 
 
@@ -199,7 +200,12 @@ class Store:
             self.points.mkdir(parents=True, exist_ok=True)
             probe = self.points / f".probe.{os.getpid()}.tmp"
             probe.write_text("", encoding="utf-8")
+            now = probe.stat().st_mtime
             probe.unlink()
+            for left in self.points.glob(".*.tmp"):  # of writers that were killed in the act
+                with contextlib.suppress(OSError):
+                    if now - left.stat().st_mtime > LEFTOVER_SECONDS:
+                        left.unlink()
 
     def point_path(self, point_id: str) -> Path:
         return self.points / f"{point_id}.nc"

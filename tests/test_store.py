@@ -345,6 +345,15 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()} == {"x": "old"}
 
 
+def test_leftovers_of_killed_writers_are_cleared_once_old(store: Store) -> None:
+    old, new = store.points / ".x.nc.1.tmp", store.points / ".y.nc.2.tmp"
+    for path in (old, new):
+        path.write_text("half", encoding="utf-8")
+    os.utime(old, (0, 0))
+    store.prepare()
+    assert [p.name for p in store.points.iterdir()] == [new.name]
+
+
 # -- errors and status -------------------------------------------------------------------------------
 
 
