@@ -2,8 +2,9 @@
 
     python tests/coverage_study.py --sets 200 --out artifacts/coverage
 
-simulates cubes whose runs carry correlated checkpoints, reads each one as `fit` does, fits the additive law with
-intercepts, and writes coverage.csv (nominal level against actual coverage, by kind of interval) and its figure.
+simulates cubes whose runs carry correlated checkpoints, reads each one as `fit` does, fits the additive law
+with intercepts, and writes coverage.csv (nominal level against actual coverage, by kind of interval) and its
+figure.
 """
 
 from __future__ import annotations
@@ -106,12 +107,8 @@ def figure(rows: list[dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.4), sharey=True, layout="constrained")
-    styles = {
-        k: s
-        for k, s in zip(
-            KINDS, (("#D55E00", "v"), ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^")), strict=True
-        )
-    }
+    looks = (("#D55E00", "v"), ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^"))
+    styles = dict(zip(KINDS, looks, strict=True))
     titles = {"a1": "exponent of N, a1", "a2": "exponent of D', a2", "exponent": "dlnN*/dlnC = a2/(a1+a2)"}
     for axis, quantity in zip(axes, QUANTITIES, strict=True):
         axis.plot([0.45, 1], [0.45, 1], color="0.6", lw=1, label="exact")
