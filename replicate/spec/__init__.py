@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from replicate.spec.files import molecule_from_file
-from replicate.spec.load import AXES, HoldoutSpec, Study, load_study, molecule_by_name
+from replicate.spec.load import AXES, Study, load_study
 from replicate.spec.models import (
     ANSATZ_ENTRY_POINTS,
     MAX_SPIN_ORBITALS,
@@ -11,6 +11,7 @@ from replicate.spec.models import (
     AnsatzSpec,
     CheckpointSpec,
     EvaluationSpec,
+    HoldoutSpec,
     MoleculeSpec,
     PhaseSpec,
     Point,
@@ -21,6 +22,7 @@ from replicate.spec.models import (
     UserError,
     VScoreSpec,
 )
+from replicate.spec.table import molecule_by_name
 
 __all__ = [
     "ANSATZ_ENTRY_POINTS",

@@ -17,29 +17,32 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import ValidationError
 
-from replicate.spec.files import fill_from_file, read_text
+from replicate.spec.files import read_text
 from replicate.spec.models import (
     PARAMETERS,
     AnsatzSpec,
     CheckpointSpec,
     EvaluationSpec,
+    HoldoutSpec,
     Model,
     MoleculeSpec,
     PhaseSpec,
     Point,
     SamplingSpec,
     Selector,
+    StudyFile,
+    Table,
     TrainSpec,
     UserError,
     VScoreSpec,
-    _tuples,
     registered_kinds,
 )
-from replicate.spec.problems import explain, findings, show, suggest
+from replicate.spec.problems import findings, show, suggest
+from replicate.spec.table import build_molecule, read_table
 
 AXES = ("molecules", "ansatze", "sizes", "steps", "variants", "seeds")
 SECTIONS: dict[str, type[Model]] = {
@@ -51,48 +54,6 @@ SECTIONS: dict[str, type[Model]] = {
 SCALARS = ("local_energy", "order", "precision", "hamiltonian_threshold", "memory_budget_mb")
 _RESERVED = ("kind", "sizes", "phase", "train", "learning_rate")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_tuples), Field(min_length=1)]
-Table = dict[str, Any]
-
-
-class HoldoutSpec(Model):
-    """What `fit` must not read: whole labels of an axis, or cells."""
-
-    molecules: Annotated[tuple[str, ...], BeforeValidator(_tuples)] = ()
-    sizes: Annotated[tuple[str, ...], BeforeValidator(_tuples)] = ()
-    steps: Annotated[tuple[int, ...], BeforeValidator(_tuples)] = ()
-    cells: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tuples)] = ()
-    reason: str = ""
-
-
-class StudyFile(Model):
-    """The top level of a spec file."""
-
-    study: str
-    title: str = ""
-    molecules_file: str = "molecules.toml"
-    molecules: Names
-    ansatze: Names
-    sizes: Names
-    seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuples), Field(min_length=1)
-    ] = (0,)
-    molecule: dict[str, Table] = {}
-    ansatz: dict[str, Table]
-    phase: Table = {}
-    sampling: Table = {}
-    train: Table
-    evaluation: Table = {}
-    local_energy: Any = "exact"
-    order: Any = "reversed"
-    precision: Any = "float32"
-    hamiltonian_threshold: Any = 1e-8
-    memory_budget_mb: Any = 1024
-    variants: dict[str, Table] = {}
-    holdout: HoldoutSpec = HoldoutSpec()
-    v_score: VScoreSpec = VScoreSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
 
 
 @dataclass(frozen=True)
@@ -144,27 +105,6 @@ def load_study(path: str | Path) -> Study:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{shown}: not valid TOML: {error}") from None
     return _Loader(shown, text, raw).study()
-
-
-def molecule_by_name(name: str, table: Path, changes: Mapping[str, Any]) -> MoleculeSpec:
-    """One molecule of a molecule table, with some of its keys changed; raises UserError."""
-    shown = str(table)
-    try:
-        tables = tomllib.loads(read_text(table, shown))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{shown}: not valid TOML: {error}") from None
-    if not isinstance(tables.get(name), dict):
-        raise UserError(f"{shown}: unknown molecule {show(name)}{suggest(name, tables)}")
-    entry: Table = {**tables[name], **changes}
-    if changes.keys() & {
-        "charge",
-        "multiplicity",
-        "basis",
-    }:  # what was known of the neutral molecule no longer is
-        for known in ("reference", "unique_flips", "spin_orbitals" if "basis" in changes else ""):
-            entry.pop(known, None)
-    entry = fill_from_file(entry, table.parent, f"{shown}: {name}")
-    return explain(MoleculeSpec, {**entry, "name": name}, lambda key: f"{shown}: {name}.{key}".rstrip("."))
 
 
 class _Loader:
@@ -339,45 +279,30 @@ class _Loader:
     # -- molecules ---------------------------------------------------------------------------------
 
     def _molecules(self) -> dict[str, MoleculeSpec]:
-        tables, source = self._molecule_tables()
+        """The molecules of the axis: the spec's own tables win over the shared ones."""
+        folder = Path(self.shown).parent
+        shared_path = folder / self.file.molecules_file
+        shared: dict[str, Table] = {}
+        if not all(name in self.file.molecule for name in self.file.molecules):
+            try:
+                shared = read_table(shared_path)
+            except UserError as error:
+                self.add("molecules_file", str(error))
         found = {}
         for name in filter(None, self.file.molecules):
-            if name not in tables:
-                self.add("molecules", f"unknown molecule {show(name)}{suggest(name, tables)}")
-                continue
-            shown, base, prefix = source[name]
             try:
-                table = fill_from_file(tables[name], base, f"{shown}: {prefix}{name}")
-                found[name] = MoleculeSpec(**{**table, "name": name})
+                if name in self.file.molecule:
+                    where = f"{self.shown}: molecule.{name}"
+                    found[name] = build_molecule(name, self.file.molecule[name], folder, where)
+                elif name in shared:
+                    where = f"{shared_path}: {name}"
+                    found[name] = build_molecule(name, shared[name], shared_path.parent, where)
+                else:
+                    known = {**self.file.molecule, **shared}
+                    self.add("molecules", f"unknown molecule {show(name)}{suggest(name, known)}")
             except UserError as error:
                 self.problems.update(dict.fromkeys(error.problems))
-            except ValidationError as error:
-                for key, problem in findings(MoleculeSpec, error):
-                    self.problems[f"{shown}: {prefix}{name}{'.' if key else ''}{key}: {problem}"] = None
         return found
-
-    def _molecule_tables(self) -> tuple[dict[str, Table], dict[str, tuple[str, Path, str]]]:
-        """Molecule tables by name (the spec's own win), and where each stands: file, folder, prefix."""
-        folder = Path(self.shown).parent
-        tables, source = dict(self.file.molecule), {}
-        for name in tables:
-            source[name] = (self.shown, folder, "molecule.")
-        if all(name in tables for name in self.file.molecules):
-            return tables, source
-        path = folder / self.file.molecules_file
-        try:
-            shared = tomllib.loads(read_text(path, str(path)))
-        except tomllib.TOMLDecodeError as error:
-            self.problems[f"{path}: not valid TOML: {error}"] = None
-            return tables, source
-        except UserError as error:
-            self.add("molecules_file", f"{error}")
-            return tables, source
-        for name, table in shared.items():
-            if name not in tables and isinstance(table, dict):
-                tables[name] = table
-                source[name] = (str(path), path.parent, "")
-        return tables, source
 
     # -- one (variant, ansatz, size) ---------------------------------------------------------------
 

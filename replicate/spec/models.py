@@ -58,6 +58,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Atom = tuple[str, float, float, float]
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuples), Field(min_length=1)]
+Table = dict[str, Any]
 
 
 class ReferenceSpec(Model):
@@ -352,6 +354,45 @@ class Selector(Model):
     def matches(self, point: Point) -> bool:
         labels = point.labels()
         return all(values is None or labels[axis] in values for axis, values in self)
+
+
+class HoldoutSpec(Model):
+    """What `fit` must not read: whole labels of an axis, or cells."""
+
+    molecules: Annotated[tuple[str, ...], BeforeValidator(_tuples)] = ()
+    sizes: Annotated[tuple[str, ...], BeforeValidator(_tuples)] = ()
+    steps: Annotated[tuple[int, ...], BeforeValidator(_tuples)] = ()
+    cells: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tuples)] = ()
+    reason: str = ""
+
+
+class StudyFile(Model):
+    """The top level of a spec file."""
+
+    study: str
+    title: str = ""
+    molecules_file: str = "molecules.toml"
+    molecules: Names
+    ansatze: Names
+    sizes: Names
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuples), Field(min_length=1)
+    ] = (0,)
+    molecule: dict[str, Table] = {}
+    ansatz: dict[str, Table]
+    phase: Table = {}
+    sampling: Table = {}
+    train: Table
+    evaluation: Table = {}
+    local_energy: Any = "exact"
+    order: Any = "reversed"
+    precision: Any = "float32"
+    hamiltonian_threshold: Any = 1e-8
+    memory_budget_mb: Any = 1024
+    variants: dict[str, Table] = {}
+    holdout: HoldoutSpec = HoldoutSpec()
+    v_score: VScoreSpec = VScoreSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
 
 
 class Point(Model):
