@@ -249,8 +249,16 @@ def _collapsed_panel(
             if (band := law.band(n, d)) is not None:
                 axis.fill_between(span, *band, color=look.color, alpha=0.2, lw=0, zorder=1, gid="band")
         else:
-            means = _seed_means(rows.with_column(metric, y), x, metric)
-            axis.plot(*means, color=look.color, ls=look.line, lw=1.2, zorder=6, gid="mean")
+            for _, own in rows.with_column(metric, y).groups("molecule"):
+                axis.plot(
+                    *_seed_means(own, x, metric),
+                    color=look.color,
+                    ls=look.line,
+                    lw=0.8,
+                    alpha=0.6,
+                    zorder=6,
+                    gid="mean",
+                )
         for i in range(len(rows)):
             drawn.append(_row(rows, i, "collapsed", metric, float(y[i]), "collapsed", law))
     return drawn
@@ -280,7 +288,7 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     if collapsed:
         rows = _collapsed_panel(flat[len(molecules)], study, x, metric, kinds, notes)
         drawn += rows
-        flat[len(molecules)].set_title(f"all, collapsed  ({len(rows)} runs)", fontweight="bold")
+        flat[len(molecules)].set_title(f"collapsed  ({len(rows)} runs)", fontweight="bold")
         style.log_axis(flat[len(molecules)], "x", headline[x], max_ticks=4)
     for axis in flat[count:]:
         axis.remove()
@@ -304,7 +312,11 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
         "removed and "
         "the other variable is set to its geometric mean."
         if study.fits is not None and collapsed
-        else (" Collapsed panel: each molecule's mean log level is removed." if collapsed else "")
+        else (
+            " Collapsed panel: each molecule's mean log level is removed; a line per molecule."
+            if collapsed
+            else ""
+        )
     )
     caption = (
         f"{style.METRIC_NAME[metric].capitalize()} against "

@@ -257,7 +257,8 @@ def _first_seed(points: Points, i: int) -> int:
 
 
 def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecules: Sequence[str]) -> None:
-    """Write each molecule's name at the right end of its lines, spread apart in log space."""
+    """Write each molecule's name at the right end of its lines, with a leader where the names would
+    overlap."""
     ends = []
     for molecule in molecules:
         own = [row for row in rows if row["molecule"] == molecule]
@@ -268,25 +269,36 @@ def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecule
         return
     ends.sort()
     low, high = (math.log10(v) for v in axis.get_ylim())
-    gap = (high - low) * 0.085
-    at = [end[0] for end in ends]
-    for i in range(1, len(at)):
-        at[i] = max(at[i], at[i - 1] + gap)
-    overflow = at[-1] - (high - gap / 2)
-    if overflow > 0:
-        at = [value - overflow for value in at]
-    for y, (_, molecule) in zip(at, ends, strict=True):
+    places = spread_labels([end[0] for end in ends], (high - low) * 0.085, low, high)
+    for place, (end, molecule) in zip(places, ends, strict=True):
         axis.annotate(
             style.formula(molecule),
-            (1.0, 10**y),
+            (1.0, 10**end),
             xycoords=("axes fraction", "data"),
-            xytext=(3, 0),
-            textcoords="offset points",
+            xytext=(1.04, 10**place),
+            textcoords=("axes fraction", "data"),
             fontsize=7,
             va="center",
             ha="left",
             annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": style.SOFT, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
         )
+
+
+def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending positions at least `gap` apart and inside [low, high], as close as can be to the wanted ones.
+
+    Least squares: wanted_i - i gap made nondecreasing by pooling adjacent violators, then clamped.
+    """
+    pools: list[list[float]] = []
+    for i, value in enumerate(wanted):
+        pools.append([value - i * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    flat = [float(np.mean(pool)) for pool in pools for _ in pool]
+    top = max(low, high - (len(wanted) - 1) * gap)
+    return [min(max(value, low), top) + i * gap for i, value in enumerate(flat)]
 
 
 @artefact(

@@ -27,6 +27,7 @@ from figures.effects import pair_variant
 from figures.registry import Plot, Quantity, Sheet, artefacts, number
 from figures.render import Product, build, csv_text
 from figures.report import report_html
+from figures.training import spread_labels
 
 LAWS = {
     key: {"A0": t.A0, "A1": t.A1, "a1": t.a1, "A2": t.A2, "a2": t.a2} for key, t in DEFAULT_TRUTHS.items()
@@ -44,7 +45,7 @@ def options(**changes: object) -> Options:
         "missing": 0.03,
         "hold_outs": HOLDOUT,
     }
-    return Options(**(base | changes))  # type: ignore[arg-type]
+    return Options(**(base | changes))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def sheet(products: dict[str, Product], name: str) -> Sheet:
 
 
 def lines(axis: object, gid: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    found = [line for line in axis.get_lines() if line.get_gid() == gid]  # type: ignore[attr-defined]
+    found = [line for line in axis.get_lines() if line.get_gid() == gid]
     return [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in found]
 
 
@@ -174,12 +175,12 @@ def test_collapsed_points_keep_their_residual(products: dict[str, Product], fold
     ]
     assert len(rows) > 50
     for r in rows:
-        n, d = float(r["n_total"]), float(r["d_prime"])  # type: ignore[arg-type]
+        n, d = float(r["n_total"]), float(r["d_prime"])
         law = (p["A0"] + p["A1"] * n ** -p["a1"] + p["A2"] * d ** -p["a2"]) * math.exp(
             entry["intercepts"][r["molecule"]]
         )
         target = p["A0"] + p["A1"] * n ** -p["a1"] + p["A2"] * reference ** -p["a2"]
-        assert r["drawn"] == pytest.approx(r["v_score"] / law * target, rel=1e-12)  # type: ignore[operator]
+        assert r["drawn"] == pytest.approx(r["v_score"] / law * target, rel=1e-12)
 
 
 def test_collapse_without_a_fit_removes_the_molecule_level(cube: xr.DataTree) -> None:
@@ -194,7 +195,7 @@ def test_collapse_without_a_fit_removes_the_molecule_level(cube: xr.DataTree) ->
     level = {str(m): float(per_cell.sel(molecule=m).mean()) for m in per_cell["molecule"].values}
     centre = np.mean(list(level.values()))
     for r in rows:
-        want = r["v_score"] * math.exp(centre - level[r["molecule"]])  # type: ignore[index,operator]
+        want = r["v_score"] * math.exp(centre - level[r["molecule"]])
         assert r["drawn"] == pytest.approx(want, rel=1e-12)
 
 
@@ -204,9 +205,9 @@ def test_band_is_the_percentile_of_the_draws(
     with xr.open_datatree(folder / "fit.nc", engine="netcdf4") as tree:
         group = tree["retnet/v_score/all/additive"].to_dataset().load()
     draw = {str(name): group["draws"].sel(parameter=name).values for name in group["parameter"].values}
-    law = study.fits.get("retnet", "v_score")  # type: ignore[union-attr]
+    law = study.fits.get("retnet", "v_score")
     assert law is not None
-    low, high = law.band(5000.0, 300.0, "N2")  # type: ignore[misc]
+    low, high = law.band(5000.0, 300.0, "N2")
     curve = draw["A0"] + draw["A1"] * 5000.0 ** -draw["a1"] + draw["A2"] * 300.0 ** -draw["a2"]
     want = np.percentile(curve * np.exp(draw["intercept[N2]"]), [2.5, 97.5])
     np.testing.assert_allclose([low[0], high[0]], want, rtol=1e-12)
@@ -246,7 +247,7 @@ def test_schedules_show_search_fraction(products: dict[str, Product], cube: xr.D
     rows = plot(products, "schedules").table.rows
     space = cube["molecule"]["search_space"]
     for r in rows[:20]:
-        assert r["search_fraction"] == pytest.approx(r["n_unique"] / float(space.sel(molecule=r["molecule"])))  # type: ignore[operator]
+        assert r["search_fraction"] == pytest.approx(r["n_unique"] / float(space.sel(molecule=r["molecule"])))
 
 
 # -- effects and allocation --
@@ -275,7 +276,7 @@ def test_elasticities_are_log_derivatives(products: dict[str, Product], folder: 
 
 
 def test_optimum_is_the_brute_force_minimum(study: StudyData, cube: xr.DataTree) -> None:
-    law = study.fits.get("transformer", "v_score")  # type: ignore[union-attr]
+    law = study.fits.get("transformer", "v_score")
     assert law is not None
     cost = compute.cost_of(study, "N2", "transformer", "flops_estimated")
     budgets = np.array([1e13, 1e14, 1e15])
@@ -411,7 +412,7 @@ def test_residuals_and_held_out(products: dict[str, Product], cube: xr.DataTree,
         .to_dataset()
         .sel({k: sample[k] for k in ("molecule", "ansatz", "size", "steps", "variant", "seed")})
     )
-    assert sample["residual"] == pytest.approx(math.log(float(cell["v_score"]) / float(sample["fitted"])))  # type: ignore[arg-type]
+    assert sample["residual"] == pytest.approx(math.log(float(cell["v_score"]) / float(sample["fitted"])))
 
 
 def test_cost_shares_sum_to_one(products: dict[str, Product]) -> None:
@@ -444,7 +445,7 @@ def test_recorded_parts_are_preferred(cube: xr.DataTree) -> None:
     (product,) = build(study_from_tree(tree), [a for a in artefacts() if a.name == "cost_shares"])
     assert isinstance(product.result, Plot)
     shares = {
-        r["part"]: r["share"].value  # type: ignore[union-attr]
+        r["part"]: r["share"].value
         for r in product.result.table.rows
         if r["accounting"] == "measured" and r["molecule"] == "H2O" and r["ansatz"] == "made"
     }
@@ -496,7 +497,7 @@ def test_text_is_at_least_seven_points_and_nothing_overlaps(products: dict[str, 
         with style.house_style():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
-            renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
+            renderer = canvas.get_renderer()
         assert figure.get_figwidth() <= style.DOUBLE
         for text in figure.findobj(Text):
             if text.get_visible() and text.get_text().strip():
@@ -531,13 +532,11 @@ def test_every_axis_has_a_unit_and_readable_ticks(products: dict[str, Product]) 
         if not isinstance(product.result, Plot):
             continue
         figure = product.result.figure
-        shared = [text.get_text() for text in (figure._supxlabel, figure._supylabel) if text is not None]  # type: ignore[attr-defined]
+        shared = [text.get_text() for text in (figure._supxlabel, figure._supylabel) if text is not None]
         labels = [label for axis in figure.axes for label in (axis.get_xlabel(), axis.get_ylabel())]
         for label in [*shared, *labels]:
             if label:
-                assert re.search(r"\(.+\)|^molecule$|same unit", label), (
-                    f"{name}: {label!r} has no unit"
-                )
+                assert re.search(r"\(.+\)|^molecule$|same unit", label), f"{name}: {label!r} has no unit"
         for axis in figure.axes:
             if axis.get_xscale() == "log":
                 low, high = axis.get_xlim()
@@ -924,6 +923,18 @@ def test_quantities_print_their_interval() -> None:
     assert str(Quantity(0.0, 0.0, math.inf)) == "0 [0, ∞]"
     assert str(Quantity(2.0)) == "2.00"
     assert str(Quantity(math.nan)) == "–"
+
+
+@pytest.mark.parametrize(
+    "wanted", [[0.0, 0.0, 0.0], [0.1, 0.5, 0.9], [0.97, 0.98, 0.99, 1.0], [0.0, 0.02, 0.9]]
+)
+def test_labels_are_spread_inside_the_axis(wanted: list[float]) -> None:
+    places = spread_labels(wanted, 0.1, 0.0, 1.0)
+    assert all(b - a >= 0.1 - 1e-12 for a, b in itertools.pairwise(places))
+    assert min(places) >= 0.0
+    assert max(places) <= 1.0 + 1e-12
+    if all(b - a >= 0.1 for a, b in itertools.pairwise(wanted)):
+        assert places == pytest.approx(wanted)
 
 
 def test_truth_is_what_the_cube_was_made_with() -> None:
