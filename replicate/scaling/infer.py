@@ -57,11 +57,17 @@ def cluster_weights(
     cluster: np.ndarray, stratum: np.ndarray, replicates: int, rng: np.random.Generator
 ) -> np.ndarray:
     """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so none is ever
-    lost."""
-    names, first, index = np.unique(cluster, return_index=True, return_inverse=True)
+    lost.
+
+    Clusters that reach over several strata are drawn among those that reach over the same ones.
+    """
+    names, index = np.unique(cluster, return_inverse=True)
+    touches = np.zeros((names.size, stratum.max() + 1), bool)
+    touches[index, stratum] = True
+    kind = np.unique(touches, axis=0, return_inverse=True)[1].ravel()
     counts = np.empty((replicates, names.size))
-    for s in np.unique(stratum):
-        members = np.flatnonzero(stratum[first] == s)
+    for k in np.unique(kind):
+        members = np.flatnonzero(kind == k)
         counts[:, members] = rng.multinomial(
             members.size, np.full(members.size, 1 / members.size), size=replicates
         )

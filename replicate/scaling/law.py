@@ -184,12 +184,12 @@ class _Parser:
             if value in self.variables:
                 s, e = self.exponent() if self.take("^") else (1, 1.0)
                 factors.append(Factor(value, e, s * sign))
+            elif sign < 0 or self.peek() == "^":
+                raise self.fail(f"{value!r} is no column of --x")
             elif amplitude:
                 raise self.fail(
                     f"{value!r}: a term has one amplitude ({amplitude!r}) and otherwise only columns"
                 )
-            elif sign < 0 or self.peek() == "^":
-                raise self.fail(f"{value!r} is no column of --x")
             else:
                 amplitude = value
             if self.take("*"):

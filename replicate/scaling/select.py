@@ -166,7 +166,8 @@ def selection(
         scores = [v["crps"] for v in row["scores"].values()]  # type: ignore[attr-defined]
         row["mean_crps"] = float(np.mean(scores)) if scores else None
         out.append(row)
-    out.sort(key=lambda r: (r.get("mean_crps") is None, r.get("mean_crps") or 0.0))
+    # A law that some fold could not be fitted with has a mean over other folds: it stands behind the others.
+    out.sort(key=lambda r: (-len(r.get("scores", ())), r.get("mean_crps") or 0.0))  # type: ignore[arg-type]
     for rank, row in enumerate(out, start=1):
         row["rank"] = rank
     return out

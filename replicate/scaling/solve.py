@@ -21,7 +21,8 @@ from replicate.scaling.law import Design
 from replicate.scaling.objective import SCALE_FLOOR, Objective, evaluate, observed, reported_value
 from replicate.spec import UserError
 
-TOLERANCE = 1e-9
+#: A fit is stationary below TOLERANCE; single fits go on to POLISH while their gradient falls.
+TOLERANCE, POLISH = 1e-9, 1e-12
 EXPONENT_MAX = 10.0
 POWER_RANGE = (1e-2, 10.0)
 #: Points of one block of replicates: arrays of this many float64 stay in the L2 cache.
@@ -701,8 +702,8 @@ def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | No
     begin = starts(layout)[0]
     if extra_starts is not None:
         begin = np.concatenate([begin, np.atleast_2d(extra_starts)])
-    batch = minimise(layout, begin, max_iterations=300, damping=1e-2)
-    value = np.where(batch.converged, batch.value, np.inf)
+    batch = minimise(layout, begin, max_iterations=300, damping=1e-2, tolerance=POLISH)
+    value = np.where(batch.gradient < TOLERANCE, batch.value, np.inf)
     if not np.isfinite(value).any():
         raise UserError(
             f"law {design.law.formula}: no start reached a stationary point "

@@ -185,7 +185,7 @@ def rows_of(
 def _check_layout(tree: xr.DataTree, name: str) -> None:
     missing = [g for g in ("final", "molecule") if g not in tree.children]
     if missing:
-        raise UserError(f"{name}: no group /{', '.join(missing)}: not a cube")
+        raise UserError(f"{name}: no group /{', /'.join(missing)}: not a cube")
     final = tree["final"].to_dataset()
     absent = [v for v in (*NEEDED, *COUNTS.values()) if v not in final.variables]
     absent += [f"dimension {d}" for d in AXES if d not in final.dims]
