@@ -14,6 +14,7 @@ ARTIFACTS ?= artifacts
 CUBE ?= $(ARTIFACTS)/laptop/cube.nc
 RUN_FLAGS ?=
 FIT_FLAGS ?=
+BENCH_FLAGS ?=
 VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
@@ -81,9 +82,8 @@ lint: setup
 	$(PY) -m mypy replicate figures
 
 bench: setup
-	@test -d benchmarks || { echo "there is no benchmarks/ in this checkout" >&2; exit 1; }
-	$(PY) -m asv run --config asv.conf.json --environment existing:$(abspath $(PY)) --set-commit-hash $$(git rev-parse HEAD)
+	$(PY) -m asv machine --yes
+	$(PY) -m asv run --environment existing:$(abspath $(PY)) --set-commit-hash $$(git rev-parse HEAD)
 
 bench-gate: setup
-	@test -d benchmarks || { echo "there is no benchmarks/ in this checkout" >&2; exit 1; }
-	$(PY) -m replicate bench gate
+	$(PY) -m replicate bench gate $(BENCH_FLAGS)

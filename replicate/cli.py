@@ -281,6 +281,17 @@ def verify(arguments: argparse.Namespace) -> int:
     return DONE if all(v.outcome != "different" for v in verdicts) else FAILED
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """The regression gate of the benchmarks, which live beside the package in a checkout."""
+    try:
+        from benchmarks import gate
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise UserError("bench gate: there are no benchmarks here; run it in a checkout") from None
+    return gate.main(arguments.rest)
+
+
 # -- arguments ---------------------------------------------------------------------------------------
 
 
@@ -362,6 +373,10 @@ def parser() -> argparse.ArgumentParser:
         "flops", flops, "estimated FLOPs in parts beside executed counts and times", as_json=True
     )
     _only_argument(made)
+
+    made = command("bench", bench, "regression gates on counts and times (exit 3: regression, 4: broken)")
+    made.add_argument("gate", choices=["gate"], help="`bench gate --help` lists its arguments")
+    made.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
     made = spec_command("verify", verify, "re-run stored points and compare them", as_json=True)
     made.add_argument("--sample", type=_positive, default=3, metavar="K", help="how many points (default: 3)")

@@ -17,7 +17,7 @@ from replicate.store import Store
 
 WriteSpec = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("plan", "run", "status", "collect", "fit", "allocate", "molecule", "flops", "verify")
+COMMANDS = ("plan", "run", "status", "collect", "fit", "allocate", "molecule", "flops", "verify", "bench")
 
 
 @pytest.fixture
