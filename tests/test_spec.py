@@ -487,3 +487,18 @@ def test_point_made_by_hand_has_the_id_of_the_spec(write_spec: WriteSpec) -> Non
     )
     assert by_hand.id == loaded.id
     assert by_hand.model_copy(update={"steps": 4}).id != loaded.id
+
+
+def test_spec_of_the_readme_is_a_study(tmp_path: Path) -> None:
+    text = (SPECS.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        block.replace('study = "mine"', f'study = "mine"\nmolecules_file = "{SPECS}/molecules.toml"')
+    )
+    study = load_study(path)
+    assert len(study.points) == 2 * 2 * 2 * 2 * 2 + 2 * 2 * 2
+    rates = {(p.ansatz.name, p.size): p.train.learning_rate for p in study.points}
+    assert rates["made", "s"] == 3e-3
+    assert rates["made", "m"] == rates["transformer", "s"] == 1e-3
+    assert {p.size for p in study.points if study.is_holdout(p)} == {"m"}
