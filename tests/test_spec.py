@@ -491,7 +491,7 @@ def test_point_made_by_hand_has_the_id_of_the_spec(write_spec: WriteSpec) -> Non
 
 def test_spec_of_the_readme_is_a_study(tmp_path: Path) -> None:
     text = (SPECS.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
+    (block,) = [part.split("```")[0] for part in text.split("```toml\n")[1:] if part.startswith("study = ")]
     path = tmp_path / "mine.toml"
     path.write_text(
         block.replace('study = "mine"', f'study = "mine"\nmolecules_file = "{SPECS}/molecules.toml"')
