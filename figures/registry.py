@@ -49,7 +49,7 @@ class Quantity:
         if math.isnan(self.low) and math.isnan(self.high):
             return number(self.value)
         digits = 3
-        if all(math.isfinite(end) for end in (self.low, self.high)) and self.low != self.high:
+        if all(map(math.isfinite, (self.low, self.high))) and not math.isclose(self.low, self.high):
             # Enough digits to tell the ends apart, within reason.
             while digits < 5 and number(self.low, digits) == number(self.high, digits):
                 digits += 1

@@ -22,6 +22,8 @@ _THEME = {
     style.PAPER: "var(--card)",
 }
 
+_PX_PER_PT = 1.8  # figures keep one scale on the page: 7 pt text is 12.6 px high
+
 
 def report_html(study: StudyData, products: Sequence[Product]) -> str:
     """The report as HTML text (UTF-8, offline, light and dark)."""
@@ -121,9 +123,9 @@ def inline_svg(svg: str, name: str, title: str, alt: str) -> str:
 
 
 def _root(attributes: str, name: str, title: str, alt: str) -> str:
-    view = re.search(r'viewBox="[^"]*"', attributes)
+    width, height = (float(value) for value in re.findall(r'\b(?:width|height)="([\d.]+)pt"', attributes))
     return (
-        f'<svg {view.group(0) if view else ""} role="img" aria-labelledby="{name}-alt-title {name}-alt">'
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width: {_PX_PER_PT * width:.0f}px" role="img" aria-labelledby="{name}-alt-title {name}-alt">'
         f'<title id="{name}-alt-title">{escape(title)}</title><desc id="{name}-alt">{escape(alt)}</desc>'
     )
 

@@ -251,7 +251,8 @@ def exponent_axis(axis: Axes) -> None:
     axis.set_xlim(low, high)
     for line in list(axis.get_lines()):
         x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
-        if len(x) == 1 and line.get_marker() not in ("", "None", None) and not low <= x[0] <= high:
+        drawn = len(x) == 1 and np.isfinite(x[0]) and line.get_marker() not in ("", "None", None)
+        if drawn and not low <= x[0] <= high:
             side = x[0] > high
             axis.plot(
                 [high if side else low],

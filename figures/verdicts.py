@@ -569,8 +569,7 @@ def statements() -> list[Statement]:
             "next check",
             "A run trained at the predicted optimum ends where the law says",
             "share of registered runs inside their 90 % interval",
-            f"supported: {REGISTERED} runs or more and the share's interval reaches 0.9; not supported: "
-            f"it lies below",
+            _PREDICTS,
             _registered(
                 lambda variant: variant.startswith("optimum"),
                 "no finished run of an optimum variant was registered with the fit",
