@@ -14,6 +14,7 @@ from synthetic_cube import CubeOptions, Truth, synthetic_cube
 from replicate.cli import main
 from replicate.scaling.objective import Objective
 from replicate.scaling.solve import solve
+from replicate.scaling.validate import is_intact
 
 LAW = "A0 + A1*N^-a1 + A2*D^-a2"
 
@@ -303,6 +304,25 @@ def test_allocate_a_molecule_outside_the_study(folder: Path, capsys: pytest.Capt
     wide = np.log(from_table["prediction"]["interval_95"][1] / from_table["prediction"]["interval_95"][0])
     _, known, _ = _allocate(folder, capsys, "--molecule", "N2", *base)
     assert wide > np.log(known["prediction"]["interval_95"][1] / known["prediction"]["interval_95"][0])
+
+
+def test_arms_are_registered_before_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--molecule", "N2", "--ansatz", "transformer", "--budget", "1e15", "--arms", "4"]
+    status, advice, _ = _allocate(folder, capsys, *more)
+    assert status == 0
+    record = advice["arms"]
+    assert is_intact(record)
+    low, middle, high = record["arms"]
+    assert high["n"] / middle["n"] == pytest.approx(4)
+    assert middle["n"] / low["n"] == pytest.approx(4)
+    assert record["both_neighbours_worse"]
+    assert record["seeds_per_arm"] > 1
+    cost = [a["n"] * a["d_prime"] for a in record["arms"]]
+    # Linear cost in this cube: one IsoFLOP curve.
+    assert cost == pytest.approx([cost[0]] * 3, rel=1e-9)
+    assert main(["allocate", str(folder), *more]) == 0
+    assert "arms        x4" in capsys.readouterr().out
+    assert main(["allocate", str(folder), *more[:-1], "0.5"]) == 2
 
 
 def test_made_gets_no_number(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,8 @@ TRUTHS = {
 }
 HOLD_OUTS = '[holdout]\nsizes = ["xxl"]\nmolecules = ["H2S"]\nreason = "test"'
 SMALL = CubeOptions(
-    molecules=("H2O", "N2", "O2", "H2S"), ansatze=("transformer", "made"), steps=(250, 1000, 4000), truths=TRUTHS,
+    molecules=("H2O", "N2", "O2", "H2S"), ansatze=("transformer", "made"), steps=(250, 1000, 4000),
+    truths=TRUTHS,
     failed=0.03, invalid=0.03, missing=0.03, sigma=0.15, molecule_spread=0.2, hold_outs=HOLD_OUTS, records=6,
 )  # fmt: skip
 QUICK = Options(bootstrap=60, test_replicates=19, selection=False)

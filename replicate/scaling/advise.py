@@ -16,8 +16,9 @@ import numpy as np
 import xarray as xr
 
 from replicate import flops
-from replicate.scaling import allocate
+from replicate.scaling import allocate, validate
 from replicate.scaling.allocate import Kappa
+from replicate.scaling.describe import clean
 from replicate.scaling.law import parse_law
 from replicate.spec import MoleculeSpec, UserError
 
@@ -49,8 +50,6 @@ class Network:
 
 def advise(args: Namespace) -> dict[str, Any]:
     """Everything `allocate` prints, as a JSON-able dictionary."""
-    from replicate.scaling.study import clean
-
     if not (args.budget > 0 and math.isfinite(args.budget)):
         raise UserError(f"--budget {args.budget:g}: must be a positive number of FLOP")
     result, path = load_fit(args.fit)
@@ -92,6 +91,9 @@ def advise(args: Namespace) -> dict[str, Any]:
     steps = max(1, round(d_used / fraction))
     d_used = steps * fraction
     prediction = predict(entry, group, points, target, n_used, d_used)
+    arms = None
+    if args.arms is not None:
+        arms = register_arms(args, result, entry, (group, points), target, kappa, clamped.n, fraction)
     if prediction["unseen_molecule"]:
         flags.append("the molecule is not in the study: its intercept is drawn from the others'")
     return clean(
@@ -114,9 +116,57 @@ def advise(args: Namespace) -> dict[str, Any]:
             "flop_spent": target.search_space * d_used * float(kappa(n_used)),
             "kappa": {"coefficients": kappa.coefficients, "powers": kappa.powers, "source": kappa.source},
             "prediction": prediction,
+            "arms": arms,
             "flags": flags,
         }
     )
+
+
+def register_arms(
+    args: Namespace,
+    result: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    cloud: tuple[dict[str, np.ndarray], np.ndarray],
+    target: Target,
+    kappa: Kappa,
+    n: float,
+    fraction: float,
+) -> dict[str, Any]:
+    """The test of the prediction, to be registered before anything is trained (FIT section 7): arms N*/f,
+    N*, N* f
+    on one IsoFLOP curve, what is predicted for each, and the seeds that the neighbours need to be told
+    apart."""
+    p, factor = entry["parameters"], float(args.arms)
+    if not factor > 1 or not math.isfinite(factor):
+        raise UserError(f"--arms {args.arms:g}: the factor must be above 1 (4 to 16 are sensible)")
+    arms = []
+    for size in (n / factor, n, n * factor):
+        d_prime = args.budget / (target.search_space * float(kappa(size)))
+        low, high = entry["variables"]["N"]["min"], entry["variables"]["N"]["max"]
+        arms.append(
+            {
+                "n": size,
+                "d_prime": d_prime,
+                "steps": max(1, round(d_prime / fraction)),
+                "inside_fitted_range": bool(low <= size <= high),
+                "prediction": predict(entry, *cloud, target, size, d_prime),
+            }
+        )
+    sigma = float(np.std(cloud[1], ddof=1))
+    values = [arm["prediction"]["value"] for arm in arms]
+    share = p["A0"] / float(parse_law(entry["formula"], ("N", "D"))(p, {"N": n, "D": arms[1]["d_prime"]}))
+    content = {
+        "fit": entry["id"],
+        "cube_sha256": result["cube_sha256"],
+        "molecule": target.name,
+        "budget": args.budget,
+        "flops": args.flops,
+        "factor": factor,
+        "arms": arms,
+        "both_neighbours_worse": bool(values[1] < min(values[0], values[2])),
+        "seeds_per_arm": validate.seeds_needed(sigma, p["a1"], p["a2"], factor, floor_share=share),
+    }
+    return validate.register(clean(content))
 
 
 def load_fit(path: Path) -> tuple[dict[str, Any], Path]:
@@ -374,5 +424,22 @@ def render_advice(advice: Mapping[str, Any]) -> str:
         f"[{prediction['interval_95'][0]:.3g}, {prediction['interval_95'][1]:.3g}]; "
         f"a new run falls in [{prediction['new_run_90'][0]:.3g}, {prediction['new_run_90'][1]:.3g}] (90 %)"
     )
+    if advice["arms"] is not None:
+        lines += _arm_lines(advice["arms"])
     lines += [f"caution     {flag}" for flag in advice["flags"]]
     return "\n".join(lines)
+
+
+def _arm_lines(record: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"arms        x{record['factor']:g}, {record['seeds_per_arm']} seeds each (80 % power), "
+        f"sha256 {record['sha256'][:16]}"
+    ]
+    for arm in record["arms"]:
+        low, high = arm["prediction"]["new_run_90"]
+        note = "" if arm["inside_fitted_range"] else ", outside the fitted range"
+        lines.append(
+            f"            N = {arm['n']:.4g}, T = {arm['steps']}: "
+            f"{arm['prediction']['value']:.3g}, a new run in [{low:.3g}, {high:.3g}]{note}"
+        )
+    return lines

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from replicate.spec import UserError
 
@@ -263,7 +263,7 @@ def spread(
     best = optimum(p["A1"], p["a1"], p["A2"], p["a2"], budget, space, kappa)
     g = gradient(best, parameters["a1"], parameters["a2"])
     sd = float(np.sqrt(max(g @ covariance @ g, 0.0)))
-    z = float(stats.norm.ppf(0.5 + level / 2))
+    z = float(special.ndtri(0.5 + level / 2))
     tail = [100 * (1 - level) / 2, 100 * (1 + level) / 2]
     n_ends, d_ends, e_ends = (np.percentile(v, tail) for v in (cloud.log_n, cloud.log_d, cloud.exponent))
     centre = float(best.log_n)

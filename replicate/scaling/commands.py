@@ -124,13 +124,13 @@ def _columns(pairs: list[str], option: str) -> dict[str, str]:
 
 
 def _fit_csv(args: argparse.Namespace) -> int:
+    from replicate.scaling.columns import file_sha256, read_csv
+    from replicate.scaling.describe import clean, describe, objective_rows
     from replicate.scaling.infer import condition_number
     from replicate.scaling.law import make_design, parse_law
     from replicate.scaling.objective import parse_objective
     from replicate.scaling.report import summary_of_fit
     from replicate.scaling.solve import solve
-    from replicate.scaling.study import clean, describe
-    from replicate.scaling.table import file_sha256, read_csv
     from replicate.spec import UserError
 
     if not args.x or not args.y or not args.law:
@@ -177,6 +177,7 @@ def _fit_csv(args: argparse.Namespace) -> int:
         "csv_sha256": file_sha256(args.csv),
         "columns": {**x, **y},
         "condition_number": condition_number(solution),
+        "sensitivity": objective_rows(design, objective),
         "settings": {"bootstrap": args.bootstrap, "seed": args.seed},
     }
     text = to_json(clean(result))
@@ -211,6 +212,9 @@ def add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
         "--molecules", type=Path, default=Path("specs/molecules.toml"), help="table of molecules"
     )
     parser.add_argument("--batch", type=int, help="unique samples per step (default: as in the study)")
+    parser.add_argument(
+        "--arms", type=float, metavar="F", help="register the test N*/F, N*, N* F before training it"
+    )
     parser.add_argument("--json", action="store_true")
 
 

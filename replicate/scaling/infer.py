@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from replicate.scaling.law import Design, Law
 from replicate.scaling.objective import Objective, evaluate, observed
@@ -248,7 +248,7 @@ def sandwich_intervals(
     names, rows = raw_jacobian(solution)
     raw = solution.raw()
     error = np.sqrt(np.maximum(np.einsum("ip,pq,iq->i", rows, cov.sandwich, rows), 0.0))
-    t = float(stats.t.ppf(0.5 + level / 2, cov.degrees))
+    t = float(special.stdtrit(cov.degrees, 0.5 + level / 2))
     out: dict[str, tuple[float, float] | None] = {}
     amplitudes = set(solution.layout.design.law.amplitudes)
     for i, name in enumerate(names):
@@ -317,7 +317,7 @@ def profile_intervals(
     if not jobs:
         return dict.fromkeys(names)
     drop = _constrained_drop(solution, cov, jobs).reshape(len(keep), 2, spread.size)
-    cut = float(stats.t.ppf(0.5 + level / 2, cov.degrees)) ** 2
+    cut = float(special.stdtrit(cov.degrees, 0.5 + level / 2)) ** 2
     values = np.array([v for _, v in jobs]).reshape(drop.shape)
     out: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
     for i, (name, j) in enumerate(keep):
@@ -391,7 +391,7 @@ def floor_test(solution: Solution) -> FloorTest | None:
         return None
     null = without_floor(solution)
     statistic = max(2 * (null.value - solution.value) * _score_ratio(null), 0.0)
-    p_value = 1.0 if statistic <= 0 else 0.5 * float(stats.chi2.sf(statistic, 1))
+    p_value = 1.0 if statistic <= 0 else 0.5 * float(special.chdtrc(1, statistic))
     return FloorTest(float(statistic), p_value, floor_upper_bound(solution))
 
 
@@ -458,7 +458,7 @@ def floor_upper_bound(solution: Solution, level: float = 0.95) -> float | None:
     span = np.geomspace(1e-4, 5.0, 28) * max(lowest, 4 * sd)
     drop = _constrained_drop(solution, cov, [(j, base + s) for s in span])
     root = np.sqrt(np.maximum(2 * drop * ratio, 0.0))
-    cut = float(stats.norm.ppf(level))
+    cut = float(special.ndtri(level))
     known = np.isfinite(root)
     end = _crossing(base, base + span[known], root[known], cut, 1.0)
     return end * layout.design.median if np.isfinite(end) else None
@@ -509,7 +509,7 @@ def variable_test(solution: Solution, variable: str, replicates: int, seed: int)
         statistic=float(statistic),
         degrees=degrees,
         p_value=float((1 + (ratio >= statistic).sum()) / (1 + ratio.size)),
-        p_chi2=float(stats.chi2.sf(statistic, degrees)),
+        p_chi2=float(special.chdtrc(degrees, statistic)),
         replicates=int(ratio.size),
         critical=float(np.percentile(ratio, 95)) if ratio.size else float("nan"),
     )
@@ -568,7 +568,7 @@ def leave_one_group_out(
     lower, upper = (np.repeat(b[None], g, axis=0) for b in layout.bounds())
     batch = minimise(layout, begin, weights=weights, lower=lower, upper=upper, max_iterations=200)
     raw = raw_parameters(layout, batch.p)
-    t = float(stats.t.ppf(0.5 + LEVEL / 2, g - 1))
+    t = float(special.stdtrit(g - 1, 0.5 + LEVEL / 2))
     refits, intervals = {}, {}
     for i, name in enumerate(names):
         if batch.converged[i]:
@@ -629,7 +629,7 @@ def equality_test(solution: Solution, draws: Draws, one: str, other: str) -> dic
     cloud = cloud[np.isfinite(cloud)]
     difference, error = raw[one] - raw[other], float(cloud.std(ddof=1)) if cloud.size > 1 else float("nan")
     lo, hi = np.percentile(cloud, [2.5, 97.5]) if cloud.size else (np.nan, np.nan)
-    p_value = float(2 * stats.norm.sf(abs(difference) / error)) if error > 0 else float("nan")
+    p_value = float(2 * special.ndtr(-abs(difference) / error)) if error > 0 else float("nan")
     return {
         "difference": difference,
         "standard_error": error,

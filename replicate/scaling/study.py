@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ import numpy as np
 import xarray as xr
 
 from replicate.scaling import allocate, infer, select, validate
+from replicate.scaling.columns import file_sha256
+from replicate.scaling.describe import clean, describe, objective_rows, sensitivity_row
 from replicate.scaling.infer import Draws
 from replicate.scaling.law import LAWS, Design, Law, make_design
-from replicate.scaling.objective import Objective, parse_objective
+from replicate.scaling.objective import Objective
 from replicate.scaling.solve import Solution, raw_parameters, solve
-from replicate.scaling.table import METRICS, NOT_PLANNED, STATUS, Rows, file_sha256, read_cube
+from replicate.scaling.table import METRICS, NOT_PLANNED, STATUS, Rows, read_cube
 from replicate.spec import UserError, VScoreSpec
 
 SCHEMA = 1
@@ -38,7 +39,6 @@ COLUMNS = {
 }
 #: Condition number of the design above which separate exponents are refused, or reported with a warning.
 REFUSE_CONDITION, WARN_CONDITION = 1000.0, 100.0
-CONSERVATIVE_RATIO = 1.25
 #: With fewer runs than this per parameter a five-parameter law fits anything, and its bootstrap says nothing.
 RUNS_PER_PARAMETER = 3.0
 
@@ -260,127 +260,33 @@ def fit_one(
     return Fit(label, ansatz, metric, scope, solution, draws, mask, clean(entry))
 
 
-def describe(solution: Solution, replicates: int, seed: int) -> tuple[dict[str, Any], Draws | None]:
-    """Parameters, intervals of every kind, certificate and tests of one fit (shared with `fit --csv`)."""
-    layout, design = solution.layout, solution.layout.design
-    law, raw = design.law, solution.raw()
-    cov = infer.covariance(solution)
-    errors, sandwich = infer.sandwich_intervals(solution, cov)
-    draws = infer.bootstrap(solution, replicates, seed) if replicates else None
-    by_kind: dict[str, dict[str, Any]] = {"sandwich": sandwich}
-    if draws is not None:
-        by_kind["bootstrap"] = infer.percentile_intervals(draws)
-    profiled = [n for n in law.parameters if n not in law.amplitudes]
-    profiles: dict[str, dict[str, Any]] = {}
-    by_kind["profile"] = infer.profile_intervals(solution, cov, profiled, curves=profiles)
-    intervals: dict[str, Any] = dict(by_kind["bootstrap"] if draws is not None else sandwich)
-    tests: dict[str, Any] = {}
-    floor = infer.floor_test(solution)
-    if floor is not None:
-        tests["floor"] = asdict(floor)
-    for name in law.amplitudes:
-        if raw[name] == 0.0:
-            upper = floor.upper if floor is not None and name == law.floor else None
-            intervals[name] = None if upper is None else (0.0, upper)
-    conservative = {}
-    for name in profiled:
-        kinds = [
-            k[name] for k in by_kind.values() if k.get(name) is not None and np.all(np.isfinite(k[name]))
-        ]
-        widths = [k[1] - k[0] for k in kinds]
-        if widths and min(widths) > 0 and max(widths) > CONSERVATIVE_RATIO * min(widths):
-            conservative[name] = kinds[int(np.argmax(widths))]
-    names, rows = infer.raw_jacobian(solution)
-    k, q = layout.n_terms, float(layout.power_of(solution.p[None])[0])
-    beta = solution.p[layout.n_law : layout.n_model]
-    shares = solution.p[:k] / solution.p[:k].sum()
-    entry: dict[str, Any] = {
-        "formula": law.formula,
-        "parameters": raw,
-        "centred": {n: float(solution.p[i] * design.median ** (1 / q)) for i, n in enumerate(law.amplitudes)},
-        "median": design.median,
-        "intercepts": dict(zip(design.group_names, design.intercepts(beta).tolist(), strict=True))
-        if beta.size
-        else {},
-        "scale": solution.scale,
-        "objective": solution.objective_value,
-        "objective_name": layout.objective.name,
-        "standard_errors": errors,
-        "intervals": intervals,
-        "intervals_by_kind": by_kind,
-        "conservative": conservative,
-        "profiles": profiles,
-        "covariance": {"names": list(names), "matrix": (rows @ cov.sandwich @ rows.T).tolist()},
-        "certificate": asdict(solution.certificate),
-        "n_points": design.n_points,
-        "n_runs": design.n_clusters,
-        "n_censored": int(design.censored.sum()),
-        "term_shares": dict(zip(law.amplitudes, shares.tolist(), strict=True)),
-        "tests": tests,
-        "warnings": [],
-    }
-    if draws is not None:
-        entry["bootstrap"] = {
-            "replicates": replicates,
-            "converged_first": draws.converged_first,
-            "converged": draws.converged,
-            "rechecked": draws.rechecked,
-            "improved": draws.improved,
-        }
-    if solution.certificate.flat:
-        entry["warnings"].append("the Hessian is singular at the optimum: some parameter is not determined")
-    return entry, draws
-
-
 def _sensitivity(rows: Rows, head: Fit, options: Options) -> list[dict[str, Any]]:
     """How far the parameters move with each choice (FIT section 9)."""
-    out: list[dict[str, Any]] = []
+    design, objective, mask = head.solution.layout.design, options.objective, head.rows
+    law = design.law
+    out = objective_rows(design, objective)
 
-    def row(what: str, make: Callable[[], Solution]) -> None:
-        try:
-            solution = make()
-            cov = infer.covariance(solution)
-            out.append({
-                "what": what, "parameters": solution.raw(), "objective": solution.objective_value,
-                "intervals": infer.sandwich_intervals(solution, cov)[1],
-                "n_points": solution.layout.design.n_points,
-            })  # fmt: skip
-        except UserError as error:
-            out.append({"what": what, "parameters": None, "reason": str(error)})
-
-    design, objective, law = head.solution.layout.design, options.objective, head.solution.layout.design.law
-    for name in ("t:4", "huber:0.1", "huber:1e-3", "l2-log", "l2-raw"):
-        other = parse_objective(name)
-        if other != objective:
-            row(f"objective {other.name}", partial(solve, design, other))
-    if law.floor is not None:
-        row("without floor", lambda: infer.without_floor(head.solution))
-    if len(design.group_names) > 1:
-        row(
-            "without intercepts",
-            lambda: solve(design_of(rows, head.rows, head.metric, law, intercepts=False), objective),
+    def row(what: str, on: Rows, metric: str = head.metric, intercepts: bool = True) -> None:
+        out.append(
+            sensitivity_row(
+                what, lambda: solve(design_of(on, mask, metric, law, intercepts=intercepts), objective)
+            )
         )
+
+    if law.floor is not None:
+        out.append(sensitivity_row("without floor", lambda: infer.without_floor(head.solution)))
+    if len(design.group_names) > 1:
+        row("without intercepts", rows, intercepts=False)
     if "N" in law.variables:
         swapped = replace(rows, variables=rows.variables | {"N": rows.variables["M"]})
-        row(
-            "N = modulus parameters only",
-            lambda: solve(design_of(swapped, head.rows, head.metric, law), objective),
-        )
+        row("N = modulus parameters only", swapped)
     if head.metric == "v_score":
         for n_dof in ("electrons", "qubits"):
             for e_inf in ("sector", "identity", "zero"):
                 convention = VScoreSpec(n_dof=n_dof, e_inf=e_inf)
                 if convention != rows.v_score:
-                    other_rows = rows.with_v_score(convention)
-                    row(
-                        f"V-score with {n_dof}, E_inf {e_inf}",
-                        partial(_solve_rows, other_rows, head.rows, law, objective),
-                    )
+                    row(f"V-score with {n_dof}, E_inf {e_inf}", rows.with_v_score(convention))
     return clean(out)
-
-
-def _solve_rows(rows: Rows, mask: np.ndarray, law: Law, objective: Objective) -> Solution:
-    return solve(design_of(rows, mask, "v_score", law), objective)
 
 
 def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
@@ -439,21 +345,6 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
     return clean(
         out | {"status": "ok", "reason": "", "exponent_N": share, "exponent_D": 1 - share, "interval_N": ends}
     )
-
-
-def clean(value: Any) -> Any:
-    """JSON-able: numpy scalars and arrays to Python, NaN and infinities to null."""
-    if isinstance(value, dict):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [clean(v) for v in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return str(value) if isinstance(value, np.str_) else value
 
 
 def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from replicate.scaling.select import predictive, score
 from replicate.scaling.table import Rows
@@ -101,5 +101,5 @@ def seeds_needed(
 ) -> int:
     """Seeds per arm that show the nearer of both neighbours to be worse (one-sided z test of mean ln L)."""
     effect = min(arm_effect(a1, a2, factor, floor_share))
-    z = stats.norm.ppf(1 - level) + stats.norm.ppf(power)
+    z = special.ndtri(1 - level) + special.ndtri(power)
     return math.ceil(2 * (z * sigma / effect) ** 2)
