@@ -124,8 +124,9 @@ def inline_svg(svg: str, name: str, title: str, alt: str) -> str:
 
 def _root(attributes: str, name: str, title: str, alt: str) -> str:
     width, height = (float(value) for value in re.findall(r'\b(?:width|height)="([\d.]+)pt"', attributes))
+    wide, names = f"max-width: {_PX_PER_PT * width:.0f}px", f"{name}-alt-title {name}-alt"
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width: {_PX_PER_PT * width:.0f}px" role="img" aria-labelledby="{name}-alt-title {name}-alt">'
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="{wide}" role="img" aria-labelledby="{names}">'
         f'<title id="{name}-alt-title">{escape(title)}</title><desc id="{name}-alt">{escape(alt)}</desc>'
     )
 
