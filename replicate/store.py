@@ -17,6 +17,7 @@ import filecmp
 import json
 import os
 import platform
+import shutil
 import threading
 import time
 import traceback
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from replicate.trainer import Checkpoint
 
 HEARTBEAT_SECONDS = 15.0
+FULL_BYTES = 2**20  # less than this left after a failed write: the disk is full
 LEFTOVER_SECONDS = 3600.0  # temporary files older than this belong to nobody
 STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over
 
@@ -72,7 +74,11 @@ def replacing(path: Path, *, keep_equal: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _reported(path, "be written"):
         try:
-            yield temporary
+            try:
+                yield temporary
+            except RuntimeError as error:  # how the writers of netCDF and torch report what the disk refuses
+                full = shutil.disk_usage(path.parent).free < FULL_BYTES
+                raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
             if keep_equal and path.exists() and filecmp.cmp(temporary, path, shallow=False):
                 return
             _fsync(temporary)
@@ -284,11 +290,7 @@ class Store:
 
         meta = {"point_id": point_id, "step": checkpoint.step, "meta": checkpoint.meta}
         with replacing(self.checkpoint_path(point_id)) as temporary:
-            # RuntimeError is how torch's own writer reports a full disk.
-            try:
-                torch.save({"tensors": checkpoint.tensors, "json": json.dumps(meta)}, temporary)
-            except RuntimeError as error:
-                raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
+            torch.save({"tensors": checkpoint.tensors, "json": json.dumps(meta)}, temporary)
 
     def read_checkpoint(self, point_id: str) -> Checkpoint | None:
         """The checkpoint of this very point, or None; an unreadable or foreign one is moved aside."""

@@ -325,6 +325,44 @@ def test_full_disk_is_one_line_and_destroys_nothing(store: Store, monkeypatch: p
     assert store.checkpoint_path(ID).read_bytes() == before
 
 
+NO_ROOM = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import numpy as np, torch, xarray as xr
+from replicate.store import Store, StoreError
+from replicate.trainer import Checkpoint
+store = Store(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+noise = np.random.default_rng(0).standard_normal(100_000)
+for write in (
+    lambda: store.write_point("0123456789ab", xr.Dataset({"x": ("a", noise)})),
+    lambda: store.write_checkpoint("0123456789ab", Checkpoint(1, {"x": torch.from_numpy(noise)}, {})),
+):
+    try:
+        write()
+        print("written")
+    except StoreError as error:
+        print(error)
+"""
+
+
+def test_writers_that_run_out_of_room_are_reported_in_our_words(store: Store) -> None:
+    """The libraries of netCDF and torch raise RuntimeError; here the kernel refuses to let a file grow."""
+    root = str(Path(store_module.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(store.root), root], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        str(store.point_path(ID)),
+        str(store.checkpoint_path(ID)),
+    ]
+    assert all("cannot be written (" in line for line in lines)
+    assert list(store.points.iterdir()) == []
+
+
 def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StoreError, match=r"points: cannot be written \(Not a directory\)"):

@@ -102,8 +102,7 @@ def _work(pipe: Connection, stop: Event, spec: str, options: Options) -> None:
                     point, store, device=device, checkpoint=study.checkpoint, cache=cache, stop=stop.is_set
                 )
             pipe.send(("stopped", "") if data is None else ("done", summarise(point, data)))
-        except StoreError as error:
-            store.write_error(point, error)
+        except StoreError as error:  # the disk's failure, not the point's: the next sweep tries it again
             pipe.send(("failed", str(error)))
         # Whatever a point raises is its result; the sweep goes on with the next one.
         except Exception as error:
