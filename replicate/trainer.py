@@ -395,10 +395,12 @@ class Training:
             batch = self.batch
             log_prob = self.wave.log_prob(batch.tree)
             psi = amplitudes(log_prob, self.wave.phase.evaluate(*batch.phase_inputs))
-            weights = (psi**2).sum(1)
-            weights = weights / weights.sum()
-            stats = energy_stats(local_from_product(psi, batch.matrix @ psi), weights)
-            energy, variance = stats.energy.item(), stats.variance.item()
+            product = batch.matrix @ psi
+            norm = (psi**2).sum()
+            mean = (psi * product).sum() / norm
+            # |H psi - E psi|^2 and not a mean over |psi|^2 of E_loc: it also counts where psi has underflowed.
+            spread = ((product - mean * psi) ** 2).sum() / norm
+            energy, variance = mean.item(), spread.item()
             return Evaluation(energy, 0.0, variance, self.sector.size, 0, exact=True)
         generator = torch.Generator(self.device)
         generator.manual_seed(stream_seed(self.point.seed, self.point.id, "evaluation"))
