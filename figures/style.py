@@ -78,6 +78,8 @@ RC: dict[str, Any] = {
     "legend.fontsize": 7.5,
     "legend.frameon": False,
     "legend.handlelength": 2.6,
+    "legend.handletextpad": 0.6,
+    "legend.columnspacing": 1.2,
     "figure.titlesize": 9,
     "axes.linewidth": 0.6,
     "axes.edgecolor": INK,
@@ -299,8 +301,8 @@ def ansatz_handles(kinds: Sequence[str], *, line: bool = True) -> list[Line2D]:
 def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """One legend under all panels, as many columns as fit: it cannot hide data."""
     if handles:
-        widths = [0.62 + 0.062 * len(str(handle.get_label())) for handle in handles]  # inches, 7.5 pt text
-        for columns in range(min(6, len(widths)), 0, -1):
+        widths = [0.48 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, 7.5 pt text
+        for columns in range(len(widths), 0, -1):
             deep = math.ceil(len(widths) / columns)
             if sum(max(widths[i : i + deep]) for i in range(0, len(widths), deep)) <= figure.get_figwidth():
                 break

@@ -86,11 +86,12 @@ def inside(value: Quantity, low: float, high: float) -> str:
 
 
 def _law_data(laws: Sequence[LawFit]) -> str:
-    return "; ".join(
-        f"{law.ansatz}, {style.METRIC_NAME[law.metric]}: {law.record.get('n_runs', '?')} runs, "
-        f"{law.record.get('n_molecules', 1)} molecules"
-        for law in laws
-    )
+    phrases = []
+    for law in laws:
+        runs = f"{law.record.get('n_runs', '?')} runs"
+        where = f"{law.record.get('n_molecules', '?')} molecules" if law.scope == ALL else law.scope
+        phrases.append(f"{law.ansatz}, {style.METRIC_NAME[law.metric]}: {runs}, {where}")
+    return "; ".join(phrases)
 
 
 def _ids(study: StudyData, laws: Sequence[LawFit]) -> tuple[str, ...]:
