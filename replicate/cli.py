@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for point_id, reason in outcome.failed.items():
         _warn(f"failed: {point_id} {study.by_id[point_id]}: {reason}")
-    if outcome.failed:
+    if any(store.error_path(point_id).exists() for point_id in outcome.failed):
         _warn(f"traces: {store.points}/<id>.error.json; run again with --retry-failed to try them anew")
     if outcome.interrupted:
         _warn("stopped before the end; the same command goes on from the checkpoints")

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from replicate.trainer import Checkpoint
 
 HEARTBEAT_SECONDS = 15.0
-FULL_BYTES = 2**20  # less than this left after a failed write: the disk is full
+FULL_BYTES = (
+    2**16
+)  # less than this left after a failed write: the disk is full, whatever the library calls it
 LEFTOVER_SECONDS = 3600.0  # temporary files older than this belong to nobody
 STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over
 
@@ -44,16 +46,20 @@ class StoreError(Exception):
     """The folder cannot do what is asked (full, read-only); one line with the path and the reason."""
 
 
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def _reported(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (
-            "the disk is full"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else error.strerror or str(error)
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_full(path.parent)
+        reason = "the disk is full" if full else error.strerror or str(error)
         raise StoreError(f"{path}: cannot {doing} ({reason})") from error
 
 
@@ -77,8 +83,7 @@ def replacing(path: Path, *, keep_equal: bool = False) -> Iterator[Path]:
             try:
                 yield temporary
             except RuntimeError as error:  # how the writers of netCDF and torch report what the disk refuses
-                full = shutil.disk_usage(path.parent).free < FULL_BYTES
-                raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
+                raise OSError(errno.EIO, str(error).splitlines()[0]) from error
             if keep_equal and path.exists() and filecmp.cmp(temporary, path, shallow=False):
                 return
             _fsync(temporary)
