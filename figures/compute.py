@@ -1,16 +1,17 @@
 """Compute-optimal allocation: IsoFLOP curves, N*, D'*, T* against the budget, and the exponent of D'* ~ N*^k.
 
-The cost of a run is C = |S| D' kappa(N). kappa is taken from the runs themselves (recorded FLOPs over |S|
-D', a power
-law c N^e per molecule and ansatz), so that estimated and executed FLOPs, attention terms included, are
-treated alike;
-with C = |S| c N^e D' the optimum of A1 N^-a1 + A2 D'^-a2 is closed-form (SCIENCE section 7 with eps = e).
+The cost of a run is C = |S| D' kappa(N). kappa is the one that the fit file stores for `allocate` (a
+posynomial in N);
+without it, a power law c N^e fitted to the recorded FLOPs over |S| D' of the molecule's runs. The optimum of
+A1 N^-a1 + A2 D'^-a2 at fixed C obeys a1 A1 N^-a1 / eps(N) = a2 A2 D'^-a2, eps = dln kappa/dln N (SCIENCE
+section 7).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -28,29 +29,41 @@ NEAR_LINEAR = (
 )  # D'* ~ N*^k with k in this band is called near-linear (the usual equivalence bounds)
 LANGUAGE_MODEL_K = 1.0
 _BUDGETS = 5
+_NEWTON = 200  # steps at most; the bracket halves where Newton would leave it
 
 
 @dataclass(frozen=True)
 class Cost:
-    """C = space c N^e D': c and e fitted to the runs of one molecule and ansatz; `fraction` = mean S_F (T
-    = D'/S_F)."""
+    """C = space kappa(N) D' with kappa = sum_j k_j N^p_j; `fraction` = mean S_F (T = D'/S_F)."""
 
     molecule: str
     space: float
-    c: float
-    e: float
+    coefficients: tuple[float, ...]
+    powers: tuple[float, ...]
     fraction: float
     n_span: tuple[float, float]
     budget_span: tuple[float, float]
+    misfit: float  # largest |ln| between kappa and the runs
     point_ids: tuple[str, ...]
+
+    def kappa(self, log_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ln kappa, eps and deps/dln N at ln N."""
+        power = np.array(self.powers).reshape((-1,) + (1,) * np.ndim(log_n))
+        terms = np.log(self.coefficients).reshape(power.shape) + power * log_n
+        top = terms.max(axis=0)
+        share = np.exp(terms - top)
+        total = share.sum(axis=0)
+        eps = (share / total * power).sum(axis=0)
+        return top + np.log(total), eps, (share / total * power**2).sum(axis=0) - eps**2
 
     def d_prime(self, budget: np.ndarray | float, n: np.ndarray) -> np.ndarray:
         """D' that the budget (FLOP) buys at size n."""
-        return np.asarray(budget / (self.space * self.c * n**self.e))
+        return np.asarray(budget / self.space * np.exp(-self.kappa(np.log(n))[0]))
 
 
 def cost_of(study: StudyData, molecule: str, kind: str, column: str) -> Cost:
-    """Least-squares power law of recorded FLOPs per |S| D' in N. Raises MissingData below 3 sizes."""
+    """The cost law of a molecule's runs. `column`: "flops_estimated" or "flops_executed"; MissingData
+    below 3 sizes."""
     rows = study.headline.only(molecule=molecule, ansatz=kind)
     good = (
         np.isfinite(rows[column]) & (rows[column] > 0) & np.isfinite(rows["d_prime"]) & (rows["d_prime"] > 0)
@@ -61,12 +74,35 @@ def cost_of(study: StudyData, molecule: str, kind: str, column: str) -> Cost:
     space = float(study.molecules[molecule]["search_space"])
     n = rows["n_total"].astype(float)
     kappa = rows[column] / (space * rows["d_prime"])
-    e, log_c = np.polyfit(np.log(n), np.log(kappa), 1)
-    fraction = math.exp(float(np.mean(np.log(rows["search_fraction"]))))
-    budgets = (float(rows[column].min()), float(rows[column].max()))
-    return Cost(
-        molecule, space, math.exp(log_c), float(e), fraction, (n.min(), n.max()), budgets, tuple(rows.ids)
+    stored = _stored_kappa(study, molecule, kind, column)
+    if stored is None:
+        e, log_c = np.polyfit(np.log(n), np.log(kappa), 1)
+        stored = (math.exp(log_c),), (float(e),)
+    cost = Cost(
+        molecule,
+        space,
+        *stored,
+        math.exp(float(np.mean(np.log(rows["search_fraction"])))),
+        (float(n.min()), float(n.max())),
+        (float(rows[column].min()), float(rows[column].max())),
+        0.0,
+        tuple(rows.ids),
     )
+    return replace(cost, misfit=float(np.max(np.abs(np.log(kappa) - cost.kappa(np.log(n))[0]))))
+
+
+def _stored_kappa(
+    study: StudyData, molecule: str, kind: str, column: str
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Coefficients and powers that the fit file stores for `allocate`; terms with coefficient 0 left out."""
+    entry = study.fits.section("allocation", kind, "v_score") if study.fits is not None else None
+    model = (((entry or {}).get("flop_models") or {}).get(molecule) or {}).get(column)
+    if not model:
+        return None
+    terms = [
+        (float(k), float(p)) for k, p in zip(model["coefficients"], model["powers"], strict=True) if k > 0
+    ]
+    return tuple(k for k, _ in terms), tuple(p for _, p in terms)
 
 
 def reference_molecule(study: StudyData, points: Points) -> str:
@@ -77,14 +113,29 @@ def reference_molecule(study: StudyData, points: Points) -> str:
 
 def optimum(law: LawFit, cost: Cost, budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N*, D'*) for each budget: arrays (1 + B, budgets), estimate first; NaN where a term is absent in a
-    draw."""
+    draw.
+
+    Newton's method in ln N on the first-order condition, which is monotone, kept inside a bracket.
+    """
     p = {name: values[:, None] for name, values in law.stacked().items()}
-    x = budget[None, :] / (cost.space * cost.c)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = p["a1"] * p["A1"] / (cost.e * p["a2"] * p["A2"])
-        n = (ratio * x ** p["a2"]) ** (1 / (p["a1"] + cost.e * p["a2"]))
-    n = np.where((p["A1"] > 0) & (p["A2"] > 0) & np.isfinite(n), n, np.nan)
-    return n, x / n**cost.e
+    good = (p["A1"] > 0) & (p["A2"] > 0) & (p["a1"] > 0) & (p["a2"] > 0)
+    p = {name: np.where(good, value, 1.0) for name, value in p.items()}
+    log_x = np.log(budget / cost.space)[None, :]
+    left = np.log(p["a1"] * p["A1"]) - np.log(p["a2"] * p["A2"])
+    low = np.full(np.broadcast_shapes(left.shape, log_x.shape), -50.0)
+    high, log_n = -low * 4, np.zeros_like(low) + 10.0
+    for _ in range(_NEWTON):
+        log_k, eps, slope = cost.kappa(log_n)
+        excess = left - p["a1"] * log_n - np.log(eps) + p["a2"] * (log_x - log_k)
+        low, high = np.where(excess > 0, log_n, low), np.where(excess > 0, high, log_n)
+        step = log_n + excess / (p["a1"] + p["a2"] * eps + slope / eps)
+        step = np.where((step > low) & (step < high), step, (low + high) / 2)
+        done = bool(np.all(np.abs(step - log_n) <= 1e-13 * np.maximum(1, np.abs(log_n))))
+        log_n = step
+        if done:
+            break
+    log_d = log_x - cost.kappa(log_n)[0]
+    return np.where(good, np.exp(log_n), np.nan), np.where(good, np.exp(log_d), np.nan)
 
 
 def interior(study: StudyData, kind: str, metric: str) -> LawFit:
@@ -100,6 +151,10 @@ def interior(study: StudyData, kind: str, metric: str) -> LawFit:
             f"{kind}, {style.METRIC_NAME[metric]}: a term of the law is absent, no interior optimum"
         )
     return law
+
+
+def _within(cases: Sequence[tuple[str, str, LawFit, Cost]]) -> str:
+    return f"{100 * math.expm1(max(cost.misfit for *_, cost in cases)):.0f} %"
 
 
 def _cases(study: StudyData, notes: list[str]) -> list[tuple[str, str, LawFit, Cost]]:
@@ -221,7 +276,8 @@ def isoflop(study: StudyData) -> Plot:
         f"Fitted error along curves of equal estimated compute, {_BUDGETS} budgets per panel between "
         f"{min(spans):.1e} and {max(spans):.1e} FLOP, with the costs of {cases[0][3].molecule} (median "
         f"sector of the "
-        "study). Shaded: sizes of the runs; dotted: extrapolation."
+        f"study; the cost law is within {_within(cases)} of the runs). Shaded: sizes of the runs; dotted: "
+        f"extrapolation."
     )
     alt = "IsoFLOP curves of error against parameters with the optimum of each budget marked."
     columns = (
@@ -255,7 +311,7 @@ def front(study: StudyData) -> Plot:
     axes = figure.subplots(len(metrics), 3, squeeze=False, sharex=True, sharey="col")
     low = min(cost.budget_span[0] for *_, cost in cases)
     high = max(cost.budget_span[1] for *_, cost in cases)
-    budgets = np.geomspace(low / 10, high * 100, 61)
+    budgets = np.geomspace(low / 10, high * 100, 25)
     rows: list[dict[str, Cell]] = []
     seen: list[list[float]] = [[], [], []]
     for metric, kind, law, cost in cases:
@@ -280,7 +336,7 @@ def front(study: StudyData) -> Plot:
             if len(values) > 100:
                 band = np.nanpercentile(values[1:], tails(), axis=0)
                 axis.fill_between(budgets, *band, color=look.color, alpha=0.16, lw=0, gid=f"band:{kind}")
-        for b in range(0, len(budgets), 6):
+        for b in range(0, len(budgets), 3):
             rows.append(
                 {
                     "metric": metric,

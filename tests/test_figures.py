@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -285,12 +286,41 @@ def test_optimum_is_the_brute_force_minimum(study: StudyData, cube: xr.DataTree)
     for b, budget in enumerate(budgets):
         values = law.value(sizes, cost.d_prime(budget, sizes))
         assert n[0, b] == pytest.approx(sizes[np.argmin(values)], rel=1e-4)
-        assert cost.space * cost.c * n[0, b] ** cost.e * d[0, b] == pytest.approx(budget, rel=1e-10)
+        spent = cost.space * cost.coefficients[0] * n[0, b] ** cost.powers[0] * d[0, b]
+        assert spent == pytest.approx(budget, rel=1e-10)
     # The cost law itself: the cube's FLOPs per |S| D' are 2 N T_tok (M + 3), linear in N.
     m = cube["molecule"].to_dataset().sel(molecule="N2")
-    assert cost.e == pytest.approx(1.0, abs=1e-6)
+    assert cost.powers == pytest.approx((1.0,), abs=1e-6)
+    assert cost.misfit < 1e-6
     want = 2 * float(m["n_spin_orbitals"]) / 2 * (float(m["n_unique_flips"]) + 3)
-    assert cost.c == pytest.approx(want, rel=1e-5)
+    assert cost.coefficients == pytest.approx((want,), rel=1e-5)
+
+
+def test_optimum_agrees_with_allocate(study: StudyData) -> None:
+    """Every draw, with an attention-like cost: the same N* and D'* as `python -m replicate allocate`."""
+    allocate = pytest.importorskip("replicate.scaling.allocate")
+    law = study.fits.get("retnet", "abs_error")
+    cost = compute.cost_of(study, "N2", "retnet", "flops_estimated")
+    cost = dataclasses.replace(cost, coefficients=(9000.0, 4e5), powers=(1.0, 0.5))
+    budgets = np.array([1e12, 1e15, 1e18])
+    n, d = compute.optimum(law, cost, budgets)
+    p = {name: values[:, None] for name, values in law.stacked().items()}
+    kappa = allocate.Kappa(cost.coefficients, cost.powers)
+    best = allocate.optimum(p["A1"], p["a1"], p["A2"], p["a2"], budgets[None, :], cost.space, kappa)
+    np.testing.assert_allclose(np.log(n), best.log_n, atol=1e-10)
+    np.testing.assert_allclose(np.log(d), best.log_d, atol=1e-10)
+
+
+def test_costs_of_the_fit_file_are_used(folder: Path, tmp_path: Path) -> None:
+    record = json.loads((folder / "fit.json").read_text())
+    model = {"N2": {"flops_estimated": {"coefficients": [123.0, 4.0, 0.0], "powers": [1.0, 0.5, 0.0]}}}
+    for entry in record["allocation"]:
+        entry["flop_models"] = model
+    (tmp_path / "fit.json").write_text(json.dumps(record))
+    loaded = load_study(folder / "cube.nc", tmp_path / "fit.json")
+    cost = compute.cost_of(loaded, "N2", "retnet", "flops_estimated")
+    assert (cost.coefficients, cost.powers) == ((123.0, 4.0), (1.0, 0.5))
+    assert float(cost.d_prime(1e12, np.array(1e4))) == pytest.approx(1e12 / (14400 * (123e4 + 4 * 1e2)))
 
 
 def test_no_front_where_the_fit_found_no_optimum(products: dict[str, Product]) -> None:
