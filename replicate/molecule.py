@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replicate.pauli import DEFAULT_THRESHOLD, Hamiltonian, jordan_wigner, sector_mean_energy
-from replicate.scf import checksum
+from replicate.scf import FCI_LIMIT, checksum
 from replicate.spec import MoleculeSpec, UserError
 from replicate.spec.files import read_text
 
@@ -130,6 +130,8 @@ def load_molecule(
             energies[name], sources[key] = published, "none" if published is None else "reference"
         else:
             energies[name], sources[key] = computed, "computed"
+    if np.isnan(float(stored["e_fci"])) and comb(n // 2, n_alpha) * comb(n // 2, n_beta) <= FCI_LIMIT:
+        LOGGER.warning("%s: FCI did not converge; its energy is %s", spec.name, sources["fci"])
     e_hf = energies.pop("e_hf")
     assert e_hf is not None
     return Molecule(
@@ -198,7 +200,7 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
     package = str(Path(__file__).resolve().parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "replicate.scf"],
+        [sys.executable, "-P", "-m", "replicate.scf"],  # -P: nothing in the current folder is imported
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from chemistry import TABLE, integrals, molecule, sector, spec
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from replicate import molecule as molecule_module
 from replicate.fcidump import read_fcidump
@@ -71,6 +72,21 @@ def test_fci_is_the_lowest_state_of_the_sector(name: str) -> None:
     keys = torch.from_numpy(sector(mol).enumerate_keys())
     lowest = torch.linalg.eigvalsh(Kernel(mol.hamiltonian).sector_matrix(keys).to_dense())[0].item()
     assert mol.e_fci == pytest.approx(lowest, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_fci_is_not_caught_in_the_symmetry_of_its_start() -> None:
+    # B2: following one root from the lowest determinants ends 36 mHa above the ground state
+    atoms = (("B", 0.0, 0.0, 0.0), ("B", 0.0, 0.0, 1.6))
+    mol = load_molecule(MoleculeSpec(name="B2", atoms=atoms))
+    matrix = Kernel(mol.hamiltonian).sector_matrix(torch.from_numpy(sector(mol).enumerate_keys()))
+    operator = LinearOperator(
+        tuple(matrix.shape),
+        matvec=lambda v: torch.mv(matrix, torch.from_numpy(v.ravel())).numpy(),
+        dtype=float,
+    )
+    start = np.random.default_rng(0).normal(size=matrix.shape[0])
+    assert mol.e_fci == pytest.approx(eigsh(operator, k=1, which="SA", v0=start, tol=1e-9)[0][0], abs=1e-7)
 
 
 def test_open_shell_coupled_cluster_is_exact_where_it_must_be() -> None:
@@ -152,6 +168,13 @@ def test_hamiltonians_are_bit_identical_on_one_and_two_threads() -> None:
         )
         hashes.append(json.loads(done.stdout))
     assert hashes[0] == hashes[1]
+
+
+def test_the_folder_it_is_started_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "replicate.py").write_text("raise SystemExit(3)", encoding="utf-8")
+    (tmp_path / "numpy.py").write_text("raise SystemExit(3)", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_molecule(spec("H2")).hamiltonian.sha256 == molecule("H2").hamiltonian.sha256
 
 
 def test_orbital_signs_and_degenerate_frames_do_not_depend_on_where_they_start() -> None:
