@@ -126,11 +126,20 @@ def local_energies_exact(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk
     return LocalEnergies(values, cost)
 
 
-def local_energies_sampled(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int) -> LocalEnergies:
-    """psi(x') counted only if x' is one of the samples (open question 2). `keys`: sorted, distinct."""
+def local_energies_sampled(
+    wave: WaveFunction,
+    kernel: Kernel,
+    keys: Tensor,
+    chunk: int,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> LocalEnergies:
+    """psi(x') counted only if x' is one of the samples (open question 2). `keys`: sorted, distinct.
+
+    `known`: log p and phi of the keys, float64 (batch,), where the caller has them.
+    """
     inside = kernel.within(keys)
     row, where, value = inside.row, inside.column, inside.value
-    log_prob, phase, cost = tree_amplitudes(wave, keys, chunk)
+    log_prob, phase, cost = (*known, Evaluated()) if known else tree_amplitudes(wave, keys, chunk)
     log_ratio = 0.5 * (log_prob[where] - log_prob[row])
     return LocalEnergies(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]), cost)
 

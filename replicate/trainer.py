@@ -11,9 +11,7 @@ token, their connected determinants are evaluated beside them. The regime is cho
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,21 +28,19 @@ from replicate.energy import (
     Evaluated,
     amplitudes,
     energy_stats,
+    local_energies_sampled,
     local_from_product,
 )
 from replicate.hamiltonian import Hamiltonian, Kernel
+from replicate.memory import keep_freed_memory
 from replicate.provenance import stream_seed
+from replicate.regime import choose_regime
 from replicate.sampler import Samples, sample_tree, split_binary, truncate
 from replicate.sector import Sector
 from replicate.spec import Point
 from replicate.tree import PrefixTree, build_tree
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-SPARSE_BYTES = 12  # per matrix element: float64 value, int32 column
-# Seconds per matrix element, for choosing a regime: product with a stored matrix, and finding a connected
-# determinant anew (element, sort, look-up). Seconds per FLOP of a forward pass. Measured on one CPU core;
-# only their ratios matter, and either choice is right.
-PRODUCT_SECONDS, CONNECT_SECONDS, FLOP_SECONDS = 1.5e-9, 1.5e-7, 4e-11
 
 
 @dataclass(frozen=True)
@@ -94,53 +90,6 @@ class SectorBatch:
     tree: PrefixTree
     phase_inputs: tuple[Tensor, Tensor]
     matrix: Tensor
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of returning them to the system (no-op elsewhere).
-
-    A step frees and allocates the same few megabytes hundreds of times; a page fault for each page of them
-    costs up to a third of a step.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    mallopt(m_mmap_threshold, 32 << 20)  # the largest that glibc takes
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 << 20)
-
-
-def connectivity(sector: Sector, n_unique_flips: int) -> int:
-    """Upper bound on nonzero elements per row: singles and doubles of a determinant, at most M."""
-    a, b = sector.n_alpha, sector.n_beta
-    va, vb = sector.n_orbitals - a, sector.n_orbitals - b
-    doubles = math.comb(a, 2) * math.comb(va, 2) + math.comb(b, 2) * math.comb(vb, 2) + a * va * b * vb
-    return min(n_unique_flips, 1 + a * va + b * vb + doubles)
-
-
-def choose_regime(point: Point, sector: Sector, n_unique_flips: int) -> str:
-    """`whole` or `tree` by the cost model above, unless the spec says which."""
-    if point.sampling.regime != "auto":
-        return point.sampling.regime
-    if point.local_energy == "paper":
-        return "tree"
-    size, batch = sector.size, min(sector.size, point.sampling.batch_max)
-    degree = connectivity(sector, n_unique_flips)
-    if SPARSE_BYTES * size * degree > point.memory_budget_mb * 2**20:
-        return "tree"
-    kind, params = point.ansatz.kind, point.ansatz.params
-    try:
-        per_node = FLOP_SECONDS * flops.forward_estimate(kind, params, sector.n_qubits) / sector.n_orbitals
-    except KeyError:  # an ansatz from outside has no closed form; a middling network's cost
-        per_node = 2e-6
-    connected = min(size, batch * degree) if point.local_energy == "exact" else batch
-    whole = 3 * per_node * size + PRODUCT_SECONDS * size * degree
-    tree = (connected + 4 * batch) * per_node + CONNECT_SECONDS * batch * degree
-    return "whole" if whole <= tree else "tree"
 
 
 def train(
@@ -278,19 +227,29 @@ class Training:
         began = clock()
         samples = sample_tree(self.wave, n_samples, spec.sampling.batch_max, self.generator)
         sampled = clock()
+        own, cost = samples.keys, Evaluated()
+        # One forward pass serves the local energies and the gradient where all of its activations fit.
+        forward = self._forward(own) if own.shape[0] <= self.gradient_chunk else None
         with torch.no_grad():
-            found = LOCAL_ENERGY[spec.local_energy](self.wave, self.kernel, samples.keys, self.chunk)
+            if forward and spec.local_energy == "sampled":
+                amplitude = (forward[1].detach(), forward[2].detach().to(torch.float64))
+                found = local_energies_sampled(self.wave, self.kernel, own, self.chunk, amplitude)
+            else:
+                found = LOCAL_ENERGY[spec.local_energy](self.wave, self.kernel, own, self.chunk)
             outcome = self._outcome(found.values, samples.weights, samples.counts)
         energy_done = clock()
-        own, cost = samples.keys, Evaluated()
         for start in range(0, own.shape[0], self.gradient_chunk):
             rows = slice(start, start + self.gradient_chunk)
-            tree = build_tree(own[rows], self.sector, self.wave.feasible(self.device))
-            log_prob, phase = self.wave.log_prob(tree), self.wave.phase(own[rows])
+            tree, log_prob, phase = forward or self._forward(own[rows])
             self._backward(log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy)
             cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
         self._time(began, sampled, energy_done)
         return outcome, self._tree_flops(samples, found.cost, cost)
+
+    def _forward(self, keys: Tensor) -> tuple[PrefixTree, Tensor, Tensor]:
+        """Tree, log p and phi of sorted distinct keys, with gradients."""
+        tree = build_tree(keys, self.sector, self.wave.feasible(self.device))
+        return tree, self.wave.log_prob(tree), self.wave.phase(keys)
 
     @property
     def chunk(self) -> int:
@@ -398,7 +357,7 @@ class Training:
             product = batch.matrix @ psi
             norm = (psi**2).sum()
             mean = (psi * product).sum() / norm
-            # |H psi - E psi|^2 and not a mean over |psi|^2 of E_loc: it also counts where psi has underflowed.
+            # |H psi - E psi|^2, not a mean of E_loc: it also counts where psi has underflowed.
             spread = ((product - mean * psi) ** 2).sum() / norm
             energy, variance = mean.item(), spread.item()
             return Evaluation(energy, 0.0, variance, self.sector.size, 0, exact=True)

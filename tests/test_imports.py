@@ -27,6 +27,8 @@ ORDER = [
     "energy",
     "flops",
     "schedules",
+    "regime",
+    "memory",
     "trainer",
     "store",
     "plan",

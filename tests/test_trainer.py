@@ -12,9 +12,10 @@ from chemistry import molecule, spec
 from networks import KINDS, PARAMS
 
 from replicate import schedules
+from replicate.regime import choose_regime, connectivity
 from replicate.sector import Sector
 from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec, TrainSpec
-from replicate.trainer import Checkpoint, Training, choose_regime, connectivity, train
+from replicate.trainer import Checkpoint, Training, train
 
 SCHEDULES = ("constant", "cosine", "decay", "cooldown")
 
