@@ -347,7 +347,7 @@ class Training:
         """Energy and variance of the current state, independent of the training samples.
 
         Exact over the sector up to `evaluation.exact_limit` determinants; beyond, from samples of their own
-        random stream with the exact local energy (with `sampled` if the point trains on that).
+        random stream, with the exact local energy whatever mode the point trains on.
         """
         spec = self.point.evaluation
         if self.sector.size <= spec.exact_limit:
