@@ -4,7 +4,7 @@ script, no request."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -50,7 +50,7 @@ def report_html(study: StudyData, products: Sequence[Product]) -> str:
         missing=missing,
         tiles=_tiles(study),
         commands=_commands(study),
-        commit=_find(study.provenance, ("commit", "git_commit")) or "",
+        commit=_commits(study),
         provenance=_provenance(study),
     )
 
@@ -151,20 +151,20 @@ def _commands(study: StudyData) -> str:
     return "\n".join(
         (
             "make setup",
-            f"python -m replicate run specs/{name}.toml        # resumable",
-            f"python -m replicate collect specs/{name}.toml",
-            f"python -m replicate fit artifacts/{name}/cube.nc",
-            f"python -m figures artifacts/{name}/cube.nc",
+            f".venv/bin/python -m replicate run specs/{name}.toml    # resumable",
+            f".venv/bin/python -m replicate collect specs/{name}.toml",
+            f".venv/bin/python -m replicate fit artifacts/{name}/cube.nc",
+            f".venv/bin/python -m figures artifacts/{name}/cube.nc",
         )
     )
 
 
-def _find(tree: Mapping[str, Any], names: Iterable[str]) -> str:
-    for name in names:
-        for key, value in _flatten(tree):
-            if key.split(".")[-1] == name and isinstance(value, str):
-                return value
-    return ""
+def _commits(study: StudyData) -> str:
+    """Commits that the runs were made at, with a warning where the tree had uncommitted changes."""
+    flat = _flatten(study.provenance)
+    commits = dict.fromkeys(str(value) for key, value in flat if key.endswith("commit") and value)
+    dirty = any(value is True for key, value in flat if key.endswith("dirty"))
+    return ", ".join(commits) + (" (with uncommitted changes)" if commits and dirty else "")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -172,6 +172,9 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            for i, item in enumerate(value, 1):
+                flat += _flatten(item, f"{prefix}{key} {i}." if len(value) > 1 else f"{prefix}{key}.")
         else:
             flat.append((f"{prefix}{key}", value))
     return flat
@@ -179,7 +182,9 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 def _provenance(study: StudyData) -> list[tuple[str, str]]:
     rows = [(f"sha256 of {name}", digest) for name, digest in sorted(study.sources.items())]
-    rows += [(key, str(value)) for key, value in _flatten(study.provenance)]
+    rows += [
+        (key.replace(".", " "), str(value)) for key, value in _flatten(study.provenance) if value is not None
+    ]
     if study.fits is not None:
         rows += [
             (f"fit: {key}", str(value)) for key, value in _flatten(study.fits.record.get("settings") or {})

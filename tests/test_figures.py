@@ -704,6 +704,25 @@ def test_report_themes_its_figures(html: str) -> None:
         assert fixed not in figures_only, fixed
 
 
+def test_report_names_commits_and_dirt(cube: xr.DataTree) -> None:
+    origins = [{"points": 3, "code": {"commit": "abc123", "dirty": True}}, {"code": {"commit": "def456"}}]
+    tree = cube.copy()
+    tree.attrs = {**cube.attrs, "provenance": json.dumps({"origins": origins})}
+    text = report_html(study_from_tree(tree), [])
+    assert "abc123, def456 (with uncommitted changes)" in text
+    assert "<dt>origins 1 points</dt><dd>3</dd>" in text
+
+
+def test_needs_are_true() -> None:
+    """What needs only the fit is missing without one; what needs no fit is drawn, or lacks something else."""
+    for product in build(study_from_tree(synthetic_cube(options(molecules=("H2O",), ansatze=("made",))))):
+        needs = product.artefact.needs
+        if needs == ("fit",):
+            assert product.reason.startswith("no fit was given"), product.artefact.name
+        if "fit" not in needs:
+            assert "no fit" not in product.reason, product.artefact.name
+
+
 def test_report_escapes_what_it_shows(cube: xr.DataTree) -> None:
     tree = cube.copy()
     tree.attrs = {**cube.attrs, "title": "<script>alert(1)</script>", "study": "a<b"}
