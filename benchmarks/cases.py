@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from replicate.hamiltonian import Hamiltonian, Kernel
+from replicate.memory import keep_freed_memory
 from replicate.molecule import Molecule, load_molecule
 from replicate.sector import Sector
 from replicate.spec import (
@@ -26,7 +27,6 @@ from replicate.spec import (
     TrainSpec,
     molecule_by_name,
 )
-from replicate.trainer import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()

@@ -5,7 +5,8 @@
 Counts (every track_ benchmark of the quick subset) must equal benchmarks/expected.json. Times are compared
 on this machine, now: the base commit in a git worktree and this checkout as it is run the same benchmarks
 (this checkout's) in turns, A B A B, one thread; the ratio of the best times decides, and a bad one is
-measured again before it counts. `asv compare` would not do: it exits 0 on regressions.
+measured again before it counts. Both clocks must agree that nothing is slower: a busy machine disturbs the
+wall clock, CPU time does not see waiting. `asv compare` would not do: it exits 0 on regressions.
 
 Exit status: 0 passed, 3 regression, 4 the gate itself or a benchmark is broken (2: bad arguments).
 """
@@ -30,7 +31,7 @@ from typing import Any
 PASSED, REGRESSION, BROKEN = 0, 3, 4
 ROOT = Path(__file__).resolve().parents[1]
 FACTOR = 1.5  # slower than this, twice, is a regression
-CLEAR = 1.2  # a ratio below this needs no further rounds
+CLEAR, CLEAR_ROUNDS = 1.2, 3  # a ratio below this after so many rounds needs no more of them
 REPLY_SECONDS = 300.0  # a benchmark that takes longer hangs
 API_CHANGES = {"ImportError", "ModuleNotFoundError", "AttributeError", "TypeError", "KeyError"}
 
@@ -47,7 +48,7 @@ class Effort:
     seconds: float
 
 
-QUICK, THOROUGH = Effort(4, 0.05), Effort(10, 0.3)
+QUICK, THOROUGH = Effort(5, 0.04), Effort(10, 0.3)
 
 
 @dataclass
@@ -227,10 +228,9 @@ def read_expected(path: Path) -> dict[str, Any]:
         raise Broken(f"{path}: {type(error).__name__}: {error}") from None
 
 
-def gate_counts(worker: Worker, only: re.Pattern[str], expected_path: Path, verdict: Verdict) -> None:
-    """Compare with the expectation file."""
+def gate_counts(worker: Worker, only: re.Pattern[str], stored: dict[str, Any], verdict: Verdict) -> None:
+    """Compare with what `read_expected` gave."""
     names = [n for n, kind in worker.about["benchmarks"].items() if kind == "track" and only.search(n)]
-    stored = read_expected(expected_path)
     found = count(worker, names, verdict)
     raised = set(names) - found.keys()
     expected = {n: v for n, v in stored["counts"].items() if only.search(n) and n not in raised}
@@ -261,17 +261,29 @@ def update_counts(worker: Worker, only: re.Pattern[str], expected_path: Path, ve
 
 @dataclass
 class Ratio:
-    """Best times so far, seconds."""
+    """Best times so far, seconds, by whose they are and which clock."""
 
-    base: float = float("inf")
-    head: float = float("inf")
+    best: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def add(self, whose: str, reply: Mapping[str, float]) -> None:
+        for clock in ("wall", "cpu"):
+            self.best[whose, clock] = min(reply[clock], self.best.get((whose, clock), reply[clock]))
+
+    def of(self, clock: str) -> float:
+        return self.best["head", clock] / max(self.best["base", clock], 1e-9)
+
+    @property
+    def worse(self) -> str:
+        """The clock with the larger ratio."""
+        return max(("wall", "cpu"), key=self.of)
 
     @property
     def value(self) -> float:
-        return self.head / self.base
+        return self.of(self.worse)
 
     def __str__(self) -> str:
-        return f"{1e3 * self.base:.3g} ms -> {1e3 * self.head:.3g} ms, factor {self.value:.2f}"
+        base, head = (1e3 * self.best[whose, self.worse] for whose in ("base", "head"))
+        return f"{base:.3g} ms -> {head:.3g} ms ({self.worse} time), factor {self.value:.2f}"
 
 
 def measure(base: Worker, head: Worker, name: str, effort: Effort) -> Ratio | tuple[str, dict[str, Any]]:
@@ -282,8 +294,8 @@ def measure(base: Worker, head: Worker, name: str, effort: Effort) -> Ratio | tu
             reply = worker.ask(do="time", id=name, seconds=effort.seconds)
             if "error" in reply:
                 return whose, reply
-            setattr(ratio, whose, min(getattr(ratio, whose), reply["seconds"]))
-        if turn and ratio.value < CLEAR:
+            ratio.add(whose, reply)
+        if turn + 1 >= CLEAR_ROUNDS and ratio.value < CLEAR:
             break
     return ratio
 
@@ -322,16 +334,20 @@ def gate_times(base: Worker, head: Worker, names: Sequence[str], effort: Effort,
     )
 
 
-def compare_commits(
-    head: Worker, base: str | None, only: re.Pattern[str], effort: Effort, verdict: Verdict
-) -> None:
-    """Times against `base`, or the default base."""
-    if base is not None and commit_of(ROOT, base) is None:
-        raise Broken(f"--base {base}: no such commit")
-    commit = commit_of(ROOT, base) if base is not None else default_base(ROOT)
+def base_commit(root: Path, revision: str | None) -> str | None:
+    """The commit to compare times with; None, said aloud, if there is none."""
+    commit = default_base(root) if revision is None else commit_of(root, revision)
+    if revision is not None and commit is None:
+        raise Broken(f"--base {revision}: no such commit")
     if commit is None:
         say("times: not compared, there is no earlier commit")
-        return
+    return commit
+
+
+def compare_commits(
+    head: Worker, commit: str, only: re.Pattern[str], effort: Effort, verdict: Verdict
+) -> None:
+    """Times of this checkout against those of `commit`."""
     with worktree(ROOT, commit) as tree:
         if not (tree / "benchmarks" / "gate.py").exists():
             say(f"times: not compared, commit {commit[:12]} has no benchmarks")
@@ -373,17 +389,20 @@ def run(arguments: argparse.Namespace) -> Verdict:
     only = re.compile(arguments.only)
     with ExitStack() as stack:
         try:
+            # What can fail cheaply comes first.
+            counts = not (arguments.no_counts or arguments.update)
+            stored = read_expected(arguments.expected) if counts else {}
+            times = not (arguments.no_times or arguments.update)
+            commit = base_commit(ROOT, arguments.base) if times else None
             head = stack.enter_context(Worker(ROOT))
             if not any(only.search(name) for name in head.about["benchmarks"]):
                 raise Broken(f"--only {arguments.only}: no benchmark matches")
             if arguments.update:
                 update_counts(head, only, arguments.expected, verdict)
-                return verdict
-            if not arguments.no_counts:
-                gate_counts(head, only, arguments.expected, verdict)
-            if not arguments.no_times:
-                effort = QUICK if arguments.quick else THOROUGH
-                compare_commits(head, arguments.base, only, effort, verdict)
+            if counts:
+                gate_counts(head, only, stored, verdict)
+            if commit is not None:
+                compare_commits(head, commit, only, QUICK if arguments.quick else THOROUGH, verdict)
         except Broken as error:
             verdict.broken.append(str(error))
     return verdict
