@@ -251,14 +251,14 @@ def test_expected_counts_are_those_of_the_suite() -> None:
     known = {name for name, entry in quick_benchmarks().items() if entry[0] == "track"}
     counts = json.loads((ROOT / "benchmarks" / "expected.json").read_text(encoding="utf-8"))["counts"]
     assert counts.keys() == known
-    for molecule, prefixes in (("H2O", 280), ("N2", 9401)):
+    for name, prefixes in (("H2O", 280), ("N2", 9401)):
         for ansatz in ("made", "transformer", "retnet"):
-            case = f"({molecule}, {ansatz}, small, whole)"
+            case = f"({name}, {ansatz}, small, whole)"
             assert counts["step.Step.track_prefixes_evaluated" + case] == prefixes
             # in the one-pass regime the trainer's accounting is complete to the last operation
             executed = counts["step.Step.track_flops_executed" + case]
             assert counts["step.Step.track_flops_counted" + case] == executed
-            estimate = f"flops.ClosedForm.track_value({molecule}, {ansatz}, small, total)"
+            estimate = f"flops.ClosedForm.track_value({name}, {ansatz}, small, total)"
             unique = counts["step.Step.track_unique" + case]
             assert counts["step.Step.track_flops_estimated" + case] == unique * counts[estimate]
 
