@@ -66,9 +66,7 @@ def build(study: StudyData, chosen: Sequence[Artefact] | None = None) -> list[Pr
 
 def _image(plot: Plot, fmt: str) -> bytes:
     buffer = io.BytesIO()
-    plot.figure.savefig(
-        buffer, format=fmt, metadata=_METADATA[fmt], facecolor="white" if fmt == "png" else None
-    )
+    plot.figure.savefig(buffer, format=fmt, metadata=_METADATA[fmt], facecolor="white")
     return _tidy(buffer.getvalue().decode("utf-8")).encode("utf-8") if fmt == "svg" else buffer.getvalue()
 
 

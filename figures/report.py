@@ -16,10 +16,14 @@ from figures.registry import SECTIONS, Artefact, Cell, Quantity, Sheet, plain
 from figures.render import Product
 
 _THEME = {
+    "fill: #ffffff": "fill: none",  # the ground of a figure file
     style.INK: "currentColor",
     style.SOFT: "var(--soft)",
     style.GRID: "var(--line)",
     style.PAPER: "var(--card)",
+    **{
+        style.OKABE_ITO[name]: f"var(--{name})" for name in ("blue", "vermillion", "green")
+    },  # lighter in the dark
 }
 
 _PX_PER_PT = 1.8  # figures keep one scale on the page: 7 pt text is 12.6 px high

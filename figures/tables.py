@@ -189,8 +189,8 @@ def molecules(study: StudyData) -> Sheet:
     rows: list[dict[str, Cell]] = []
     for name, facts in study.molecules.items():
         own = study.points.only(molecule=name)
-        whole = {
-            key: int(facts[key])
+        whole: dict[str, Cell] = {
+            key: int(facts[key]) if facts[key] >= 0 else None  # -1: no run yet that would know
             for key in ("n_spin_orbitals", "n_alpha", "n_beta", "search_space", "n_unique_flips")
         }
         energies: dict[str, Cell] = {

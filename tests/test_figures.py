@@ -592,8 +592,10 @@ def test_contrast_in_light_and_dark() -> None:
         for ground in ("ground", "card", "tint"):
             for ink in ("ink", "soft", "accent", "good", "bad", "open"):
                 assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground, block)
-        for kind in ("made", "transformer", "retnet"):
-            assert contrast(style.ansatz_style(kind).color, colours["card"]) >= 3.0, kind
+        for name in ("blue", "vermillion", "green"):
+            assert contrast(colours[name], colours["card"]) >= 3.0, (name, block)
+    for kind in ("made", "transformer", "retnet"):
+        assert contrast(style.ansatz_style(kind).color, "#ffffff") >= 3.0, kind
 
 
 def test_ansatz_styles_differ_in_colour_marker_and_line() -> None:
@@ -700,7 +702,7 @@ def test_report_themes_its_figures(html: str) -> None:
     assert "prefers-color-scheme: dark" in html
     figures_only = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
     assert "currentColor" in figures_only
-    for fixed in (style.INK, style.SOFT, style.GRID, style.PAPER, "#000000"):
+    for fixed in (style.INK, style.SOFT, style.GRID, style.PAPER, "#000000", "#ffffff"):
         assert fixed not in figures_only, fixed
 
 
