@@ -301,3 +301,20 @@ def test_steepening_break_is_recovered() -> None:
 def test_objective_names_are_checked(text: str) -> None:
     with pytest.raises(UserError, match="--objective"):
         parse_objective(text)
+
+
+@pytest.mark.parametrize("kind", ["lad", "huber"])
+def test_objectives_that_bend_are_certified_on_few_and_degenerate_points(kind: str) -> None:
+    for seed in range(6):
+        table = grid_table(seed, c=(0.1, 0.0, 0.9), sizes=4, times=3, repeats=3)
+        solution = solve(table.design(), Objective(kind))
+        assert solution.certificate.stationary
+        draws = infer.bootstrap(solution, 40, seed)
+        assert draws.converged == 1.0
+
+
+def test_a_floor_alone_is_a_law() -> None:
+    table = grid_table(0, c=(1.0, 0.0, 0.0))
+    law = infer.drop_variable(NAMED["size_only"], "N")
+    solution = solve(make_design(law, {}, table.value), Objective("l2-log"))
+    assert solution.raw()["A0"] == pytest.approx(float(np.exp(np.log(table.value).mean())), rel=1e-9)

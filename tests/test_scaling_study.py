@@ -357,3 +357,18 @@ def test_files_that_are_no_cubes() -> None:
     partial = xr.DataTree.from_dict({"/final": final, "/molecule": cube["molecule"].to_dataset()})
     with pytest.raises(UserError, match="/final lacks variance, n_total"):
         rows_of(partial, "x.nc")
+
+
+@pytest.mark.parametrize("law", list(LAWS))
+def test_every_named_law_goes_through(law: str) -> None:
+    how = replace(QUICK, laws=(law,), metrics=("v_score",), bootstrap=40, test_replicates=9)
+    one = replace(
+        SMALL, ansatze=("transformer",), molecules=("N2", "O2"), variants=CROSSED, seeds=1, hold_outs=""
+    )
+    result, _ = _fit(one, how)
+    head = _head(result, "transformer")
+    assert head["law"] == law
+    assert head["certificate"]["stationary"]
+    with_test = {"additive", "additive_no_floor", "size_only", "steps_fraction", "interaction", "kaplan"}
+    assert ("size_matters" in head["tests"]) == (law in with_test)
+    assert (result["allocation"][0]["status"] == "ok") <= (law in ("additive", "additive_no_floor"))

@@ -16,6 +16,7 @@ from scipy import special
 from replicate.scaling.law import Design, Law
 from replicate.scaling.objective import Objective, evaluate, observed
 from replicate.scaling.solve import (
+    SINGLE_ITERATIONS,
     Batch,
     Layout,
     Solution,
@@ -122,7 +123,7 @@ def best_of_starts(
         if weights is None
         else np.repeat(np.broadcast_to(weights, (r_batch, layout.design.n_points)), count, axis=0),
         z=z if z is None or z.ndim == 1 else np.repeat(z, count, axis=0),
-        max_iterations=300,
+        max_iterations=SINGLE_ITERATIONS,
         damping=1e-2,
     )
     value = np.where(batch.converged, batch.value, np.inf).reshape(r_batch, count)
@@ -406,39 +407,30 @@ def without_floor(solution: Solution) -> Solution:
 
 
 def _score_ratio(null: Solution) -> float:
-    """Model over clustered variance of the score along the floor, with the other parameters profiled out.
+    """What a likelihood ratio is worth: mean curvature over mean squared slope of the loss (1 for the right
+    noise
+    model), over the design effect of the clusters on the score along the floor (1 for independent points).
 
-    1 for independent points and a right noise model; below 1 where runs carry several correlated points.
+    Not the information at the null itself: along the floor it is far from constant, and falls where the
+    ratio rises.
     """
-    design = null.layout.design
-    layout = null.layout
-    m, jac, _, log_f = jacobian(layout, null.p[None])
+    layout, design = null.layout, null.layout.design
+    m, _, _, log_f = jacobian(layout, null.p[None])
     tau = null.p[None, -1] if layout.objective.has_scale else np.zeros(1)
     loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
-    q = float(layout.power_of(null.p[None])[0])
-    tangent = q * np.exp(-log_f[0])
-    free = np.flatnonzero(null.free)
-    scores = point_scores(null)[:, free] * design.weight[:, None]
-    own = loss.dm[0] * tangent * design.weight
-    columns = np.concatenate([jac[0], layout.contrasts])[null.free[: layout.n_model]]
-    cross = columns @ (design.weight * loss.dmm[0] * tangent)
-    # d2m/(dc0 dp) = -(dm/dc0)(dm/dp)/q enters the exact cross derivative for the law's own parameters only.
-    inner = int(null.free[: layout.n_law].sum())
-    cross[:inner] -= columns[:inner] @ (design.weight * loss.dm[0] * tangent) / q
-    if loss.dmt is not None:
-        cross = (
-            np.append(cross, float((design.weight * loss.dmt[0] * tangent).sum())) if null.free[-1] else cross
-        )
-    block = null.hessian[np.ix_(free, free)]
-    slope = np.linalg.lstsq(block, cross, rcond=1e-12)[0]
-    curvature = float((design.weight * (loss.dmm[0] - loss.dm[0] / q) * tangent**2).sum() - cross @ slope)
-    residual_score = own - scores @ slope
-    index = np.unique(design.cluster, return_inverse=True)[1]
-    sums = np.bincount(index, weights=residual_score)
-    variance = float((sums**2).sum()) * design.n_points / max(design.n_points - free.size, 1)
-    if curvature <= 0 or variance <= 0:
+    free, w = np.flatnonzero(null.free), design.weight
+    noise = float((w * loss.dmm[0]).sum() / (w * loss.dm[0] ** 2).sum())
+    noise *= max(design.n_points - free.size, 1) / design.n_points
+    # The score along the floor, less what the fitted parameters take up (their scores span what they can
+    # fit).
+    scores = point_scores(null)[:, free] * w[:, None]
+    own = loss.dm[0] * np.exp(-log_f[0]) * w
+    rest = own - scores @ np.linalg.lstsq(scores, own, rcond=None)[0]
+    sums = np.bincount(np.unique(design.cluster, return_inverse=True)[1], weights=rest)
+    effect = float((sums**2).sum() / max((rest**2).sum(), 1e-300))
+    if not noise > 0:
         return 1.0
-    return curvature / variance
+    return noise / max(effect, 1e-3)
 
 
 def floor_upper_bound(solution: Solution, level: float = 0.95) -> float | None:
@@ -480,10 +472,15 @@ class RatioTest:
     critical: float
 
 
+def droppable(law: Law, variable: str) -> bool:
+    """Whether some terms contain the variable and others do not."""
+    return 0 < sum(any(f.variable == variable for f in t.factors) for t in law.terms) < len(law.terms)
+
+
 def drop_variable(law: Law, variable: str) -> Law:
     """The law without the terms that contain the variable."""
     terms = tuple(t for t in law.terms if all(f.variable != variable for f in t.factors))
-    if not terms or len(terms) == len(law.terms):
+    if not droppable(law, variable):
         raise UserError(f"law {law.formula}: {variable} cannot be dropped from it")
     return Law(f"{law.name}_without_{variable}", terms, law.power)
 

@@ -23,6 +23,8 @@ from replicate.spec import UserError
 
 #: A fit is stationary below TOLERANCE; single fits go on to POLISH while their gradient falls.
 TOLERANCE, POLISH = 1e-9, 1e-12
+#: Of one fit, or of a replicate that failed: lad on few points crawls from bend to bend, and does arrive.
+SINGLE_ITERATIONS = 2000
 EXPONENT_MAX = 10.0
 POWER_RANGE = (1e-2, 10.0)
 #: Points of one block of replicates: arrays of this many float64 stay in the L2 cache.
@@ -536,9 +538,8 @@ def _exponent_grid(layout: Layout) -> np.ndarray:
         unit = qmc.Sobol(count, scramble=False).random(512)[1:]
         grid = 0.05 * (2.5 / 0.05) ** unit
     else:
-        grid = np.array(list(itertools.product(_EXPONENT_GRIDS.get(count, ()), repeat=count))).reshape(
-            -1, count
-        )
+        cells = list(itertools.product(_EXPONENT_GRIDS.get(count, ()), repeat=count))
+        grid = np.array(cells, float).reshape(len(cells), count)
     powers = (0.1, 0.2, 0.4, 0.8) if layout.power is None else (layout.power,)
     return np.concatenate([np.column_stack([grid, np.full(len(grid), q)]) for q in powers])
 
@@ -702,7 +703,7 @@ def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | No
     begin = starts(layout)[0]
     if extra_starts is not None:
         begin = np.concatenate([begin, np.atleast_2d(extra_starts)])
-    batch = minimise(layout, begin, max_iterations=300, damping=1e-2, tolerance=POLISH)
+    batch = minimise(layout, begin, max_iterations=SINGLE_ITERATIONS, damping=1e-2, tolerance=POLISH)
     value = np.where(batch.gradient < TOLERANCE, batch.value, np.inf)
     if not np.isfinite(value).any():
         raise UserError(

@@ -247,7 +247,7 @@ def fit_one(
         entry["warnings"].append(f"{label} are among the points; the cluster of an interval is the run")
     if len(entry["molecules"]) == 1:
         entry["warnings"].append("one molecule: no intercepts, nothing is said about other molecules")
-    if head and "N" in law.variables and options.test_replicates:
+    if head and infer.droppable(law, "N") and options.test_replicates:
         test = infer.variable_test(
             solution, "N", options.test_replicates, seed_of(options.seed, label + "/N")
         )
