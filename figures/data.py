@@ -121,7 +121,7 @@ class StudyData:
     name: str
     title: str
     points: Points
-    n_missing: int
+    missing: Mapping[str, int]  # planned cells without a run, by variant
     molecules: Mapping[str, Mapping[str, float]]
     history: Mapping[str, np.ndarray]  # (n molecules, ..., records) arrays; see `history_at`
     spec: Mapping[str, Any]
@@ -211,22 +211,28 @@ class StudyData:
         labels = zip(*(law.residuals[dim].tolist() for dim in DIMS), strict=True)
         return [self._by_label.get(tuple(map(str, key)), "") for key in labels]
 
-    def counts(self) -> dict[str, int]:
-        """Runs by state: done, failed, invalid, missing."""
-        status = self.points["status"]
+    def counts(self, variant: str | None = None) -> dict[str, int]:
+        """Runs by state (done, failed, invalid, missing), of one variant or of all."""
+        rows = self.points if variant is None else self.points.only(variant=variant)
+        status = rows["status"]
         return {
             "done": int(np.sum(status == DONE)),
             "failed": int(np.sum(status == FAILED)),
             "invalid": int(np.sum(status == INVALID)),
-            "missing": self.n_missing,
+            "missing": sum(self.missing.values()) if variant is None else self.missing.get(variant, 0),
         }
 
-    def exclusions(self, points: Points | None = None) -> str:
-        """One phrase for captions: what is not drawn."""
-        states = self.counts()
-        shown = len(self.headline if points is None else points)
+    def exclusions(self, drawn: int | None = None) -> str:
+        """One phrase for captions: runs drawn (default: all headline runs) and what is not, of the main
+        variant."""
+        states = self.counts(self.main_variant)
+        total = len(self.headline)
+        shown = f"{total} runs" if drawn is None or drawn == total else f"{drawn} of {total} runs"
         gone = [f"{states[key]} {key}" for key in ("invalid", "failed", "missing") if states[key]]
-        return f"{shown} runs drawn" + (f"; not drawn: {', '.join(gone)}" if gone else "")
+        others = len(self.done) - total
+        if others:
+            gone.append(f"{others} of other variants")
+        return f"{shown} drawn" + (f"; not drawn: {', '.join(gone)}" if gone else "")
 
 
 def load_study(cube: Path, fit: Path | None = None) -> StudyData:
@@ -290,7 +296,7 @@ def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
         provenance = json.loads(str(tree.attrs.get("provenance", "{}")))
     except json.JSONDecodeError:
         provenance = {}
-    points, n_missing = _points(final)
+    points, missing_cells = _points(final)
     parts: dict[str, dict[str, np.ndarray]] = {}
     stored = tree["parts"].to_dataset() if "parts" in tree.children else xr.Dataset()
     for family, axis in _PARTS.items():
@@ -301,7 +307,7 @@ def study_from_tree(tree: xr.DataTree, source: str = "cube") -> StudyData:
         name=str(tree.attrs.get("study", spec.get("study", ""))),
         title=str(tree.attrs.get("title", "Scaling study")),
         points=points,
-        n_missing=n_missing,
+        missing=missing_cells,
         molecules=_molecules(molecule),
         history={str(v): _ordered(history, str(v)) for v in history.data_vars},
         part_values=parts,
@@ -322,7 +328,7 @@ def _ordered(history: xr.Dataset, name: str) -> np.ndarray:
     )
 
 
-def _points(final: xr.Dataset) -> tuple[Points, int]:
+def _points(final: xr.Dataset) -> tuple[Points, dict[str, int]]:
     status = final["status"].transpose(*DIMS).values
     planned = final["planned"].transpose(*DIMS).values if "planned" in final else np.ones_like(status)
     index = np.argwhere(status != 0)
@@ -344,7 +350,10 @@ def _points(final: xr.Dataset) -> tuple[Points, int]:
         columns["point_id"] = np.array(
             ["/".join(str(columns[dim][row]) for dim in DIMS) for row in range(len(index))], dtype=str
         )
-    return Points(columns, index), int(np.sum((status == 0) & (planned == 1)))
+    gaps = ((status == 0) & (planned == 1)).sum(axis=(0, 1, 2, 3, 5))
+    return Points(columns, index), {
+        str(name): int(n) for name, n in zip(final["variant"].values, gaps, strict=True)
+    }
 
 
 def _listed(labels: Any) -> list[Any]:

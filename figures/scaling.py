@@ -281,9 +281,9 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     drawn: list[dict[str, Cell]] = []
     notes: list[str] = []
     for axis, molecule in zip(flat, molecules, strict=False):
-        drawn += _molecule_panel(axis, study, molecule, x, metric, kinds)
-        n_runs = len(headline.only(molecule=molecule))
-        axis.set_title(f"{style.formula(molecule)}  ({n_runs} runs)", fontweight="normal")
+        own = _molecule_panel(axis, study, molecule, x, metric, kinds)
+        drawn += own
+        axis.set_title(f"{style.formula(molecule)}  ({len(own)} runs)", fontweight="normal")
         style.log_axis(axis, "x", headline.only(molecule=molecule)[x], max_ticks=4)
     if collapsed:
         rows = _collapsed_panel(flat[len(molecules)], study, x, metric, kinds, notes)
@@ -301,6 +301,7 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
                 axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0
             )
     style.legend_below(figure, _legend(study, x, metric, kinds, drawn))
+    shown = sum(row["panel"] != "collapsed" for row in drawn)
     fixed = "T" if x == "n_total" else "N"
     how = (
         "Lines: fitted additive law with its 95 % bootstrap band at the largest drawn value."
@@ -323,7 +324,7 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
         f"{'model size' if x == 'n_total' else 'training time'} at "
         f"fixed {fixed} (up to {_LEVELS} values of {fixed} per ansatz; the largest is drawn strongest). "
         f"One marker per "
-        f"run, {study.exclusions()}. {how}{gather}"
+        f"run: {study.exclusions(shown)}. {how}{gather}"
     )
     if any(row["drawn_as"] == "held out" for row in drawn):
         caption += " Open markers: held out from the fit."
