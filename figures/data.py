@@ -181,6 +181,14 @@ class StudyData:
         "wall_part_seconds"): arrays over the cube's six axes, {} where it stores none."""
         return self.part_values.get(family, {})
 
+    @property
+    def stale_fit(self) -> str:
+        """A warning where the fit was made from another cube than this one, else ""."""
+        made_from = self.fits.record.get("cube_sha256") if self.fits is not None else None
+        if not made_from or made_from in self.sources.values():
+            return ""
+        return "the fit was made from another cube (its sha256 differs): run `python -m replicate fit` again"
+
     def need_headline(self) -> Points:
         """The headline runs, or MissingData when there is none."""
         if not len(self.headline):

@@ -87,6 +87,7 @@ def coefficients(study: StudyData) -> Sheet:
         f"Runs excluded from the fits: {gone}. These are not the paper's Table 3 values, which are not "
         f"available here."
     )
+    notes += [study.stale_fit] if study.stale_fit else []
     return Sheet(Table(columns, tuple(rows)), caption, tuple(notes))
 
 

@@ -635,4 +635,4 @@ def verdicts(study: StudyData) -> Sheet:
         + ", ".join(f"{count} {word}" for word, count in tally.items())
         + "."
     )
-    return Sheet(Table(columns, tuple(rows)), caption)
+    return Sheet(Table(columns, tuple(rows)), caption, (study.stale_fit,) if study.stale_fit else ())

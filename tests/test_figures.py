@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -380,6 +381,18 @@ def test_uncertified_fit_is_called_out(cube: xr.DataTree, tmp_path: Path) -> Non
     assert isinstance(product.result, Sheet)
     assert product.result.table.rows[0]["certificate"] == "NOT stationary"
     assert any("do not use" in note for note in product.result.notes)
+
+
+def test_fit_of_another_cube_is_called_out(folder: Path, tmp_path: Path) -> None:
+    for digest, warned in (
+        (hashlib.sha256((folder / "cube.nc").read_bytes()).hexdigest(), False),
+        ("0" * 64, True),
+    ):
+        record = json.loads((folder / "fit.json").read_text()) | {"cube_sha256": digest}
+        (tmp_path / "fit.json").write_text(json.dumps(record))
+        loaded = load_study(folder / "cube.nc", tmp_path / "fit.json")
+        for product in build(loaded, [a for a in artefacts() if a.name in ("coefficients", "verdicts")]):
+            assert any("another cube" in note for note in product.missing) == warned
 
 
 def test_flop_cells(products: dict[str, Product], cube: xr.DataTree) -> None:
