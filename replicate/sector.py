@@ -106,6 +106,4 @@ def feasible_tokens(sector: Sector) -> NDArray[np.bool_]:
     alpha, beta = alpha + (token & 1), beta + (token >> 1)
     left = t_max - placed - 1  # MOs that remain after this token
     need_alpha, need_beta = sector.n_alpha - alpha, sector.n_beta - beta
-    return (
-        (left >= 0) & (need_alpha >= 0) & (need_alpha <= left) & (need_beta >= 0) & (need_beta <= left)
-    )
+    return (left >= 0) & (need_alpha >= 0) & (need_alpha <= left) & (need_beta >= 0) & (need_beta <= left)

@@ -65,7 +65,7 @@ def test_feasible_tokens_are_exactly_the_prefixes_of_the_sector(t: int, a: int, 
 
 @pytest.mark.parametrize("bad", [(32, 1, 1), (0, 0, 0), (4, 5, 0), (4, 0, -1)])
 def test_impossible_sectors_are_refused(bad: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="spin-orbitals|electrons"):
+    with pytest.raises(ValueError, match=r"spin-orbitals|electrons"):
         Sector(*bad)
 
 
