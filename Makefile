@@ -79,11 +79,13 @@ test-slow: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy replicate figures
+	$(PY) -m mypy replicate figures benchmarks
 
 bench: setup
 	$(PY) -m asv machine --yes
-	$(PY) -m asv run --environment existing:$(abspath $(PY)) --set-commit-hash $$(git rev-parse HEAD)
+	OMP_NUM_THREADS=1 $(PY) -m asv run --environment existing:$(abspath $(PY)) \
+	  --set-commit-hash $$(git rev-parse HEAD) --launch-method forkserver $(ASV_FLAGS)
+	$(PY) -m asv publish
 
 bench-gate: setup
 	$(PY) -m replicate bench gate $(BENCH_FLAGS)
