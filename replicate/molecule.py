@@ -32,7 +32,7 @@ from replicate.spec.files import read_text
 
 LOGGER = logging.getLogger(__name__)
 
-_RECIPE = 1
+_RECIPE = 2
 """Version of what `replicate.scf` computes from the same input: part of the cache key."""
 
 _ONE_THREAD = dict.fromkeys(
