@@ -260,7 +260,14 @@ def test_arm_effect_is_the_law_on_an_isoflop_curve() -> None:
 def _made_like(seed: int, replicates: int) -> str | None:
     solution = solve(grid_table(seed, c=(0.1, 0.0, 0.9)).design(), Objective("t"))
     draws = infer.bootstrap(solution, replicates, seed)
-    return allocate.guard(solution.raw(), infer.percentile_intervals(draws), draws.raw)
+    ends = infer.percentile_intervals(draws)
+    why = allocate.guard(solution.raw(), ends, draws.raw)
+    if why is not None:
+        return why
+    # As `fit` does: what the intervals let pass must also show that N matters.
+    return allocate.guard(
+        solution.raw(), ends, draws.raw, infer.variable_test(solution, "N", 99, seed).p_value
+    )
 
 
 def test_made_like_data_have_no_interior_optimum() -> None:

@@ -54,6 +54,8 @@ def advise(args: Namespace) -> dict[str, Any]:
         raise UserError(f"--budget {args.budget:g}: must be a positive number of FLOP")
     result, path = load_fit(args.fit)
     block = _find(result["allocation"], path, ansatz=args.ansatz, metric=args.metric)
+    if args.networks:
+        return advise_networks(args, result, block, path)
     entry = next(f for f in result["fits"] if f["id"] == block["fit"])
     target = find_target(args, block, path)
     spec = tomllib.loads(result["spec"])
@@ -119,6 +121,59 @@ def advise(args: Namespace) -> dict[str, Any]:
             "arms": arms,
             "flags": flags,
         }
+    )
+
+
+#: Draws pushed through the geometric program, which is solved one by one.
+NETWORK_DRAWS = 500
+
+
+def advise_networks(
+    args: Namespace, result: Mapping[str, Any], block: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """N_mod*, N_ph* and D'* from the law with separate networks (a geometric program, FIT section 7)."""
+    split = block.get("modulus_phase")
+    if split is None:
+        raise UserError(
+            f"{path}: no fit with separate networks for {args.ansatz} {args.metric} (see `refused`)"
+        )
+    entry = next(f for f in result["fits"] if f["id"] == split["fit"])
+    out: dict[str, Any] = {
+        "molecule": args.molecule, "ansatz": args.ansatz, "metric": args.metric, "budget": args.budget,
+        "flops": args.flops, "fit": entry["id"], "status": split["status"], "reason": split["reason"],
+    }  # fmt: skip
+    if split["status"] != "ok":
+        return clean(out)
+    if args.molecule not in split["costs"]:
+        raise UserError(f"{args.molecule} is not in the study: the costs of its two networks are not known")
+    cost = split["costs"][args.molecule].get(f"flops_{args.flops}", {"reason": "no such FLOPs in the cube"})
+    if "reason" in cost:
+        raise UserError(f"{args.molecule}: {cost['reason']}")
+    space = block["flop_models"][args.molecule]["search_space"]
+    names = [n for pair in allocate.MODULUS_PHASE_TIME for n in pair]
+
+    def best(p: Mapping[str, float]) -> tuple[float, float, float]:
+        law = {n: float(p[n]) for n in names}
+        return allocate.modulus_phase_optimum(**law, budget=args.budget, space=space, **cost)
+
+    draws, _ = load_draws(path, entry["id"])
+    good = np.all([np.isfinite(draws[n]) & (draws[n] > 0) for n in names], axis=0)
+    chosen = np.flatnonzero(good)[:NETWORK_DRAWS]
+    cloud = np.exp([best({n: draws[n][i] for n in names}) for i in chosen])
+    centre = np.exp(best(entry["parameters"]))
+    ends = np.percentile(cloud, [2.5, 97.5], axis=0)
+    flags = []
+    for i, v in enumerate(("M", "P", "D")):
+        low, high = entry["variables"][v]["min"], entry["variables"][v]["max"]
+        if not low <= centre[i] <= high:
+            flags.append(f"{v}* = {centre[i]:.3g} is outside the fitted range {low:.3g} to {high:.3g}")
+    spent = np.array([cost["k_modulus"], cost["k_phase"]]) * centre[:2]
+    keys = ("n_modulus", "n_phase", "d_prime")
+    return clean(
+        out
+        | {f"{k}_optimal": centre[i] for i, k in enumerate(keys)}
+        | {f"interval_{k}": ends[:, i] for i, k in enumerate(keys)}
+        | {"flop_share_phase": spent[1] / spent.sum(), "flags": flags}
     )
 
 
@@ -399,6 +454,15 @@ def render_advice(advice: Mapping[str, Any]) -> str:
     head += f"{advice['budget']:.3g} FLOP ({advice['flops']})"
     if advice["status"] != "ok":
         return f"{head}\n{advice['status']}: {advice['reason']}"
+    if "n_modulus_optimal" in advice:
+        rows = (("N_mod*", "n_modulus"), ("N_ph*", "n_phase"), ("D'*", "d_prime"))
+        lines = [
+            f"{name:<7} {advice[f'{k}_optimal']:.4g} "
+            f"[{advice[f'interval_{k}'][0]:.3g}, {advice[f'interval_{k}'][1]:.3g}]"
+            for name, k in rows
+        ]
+        lines.append(f"the phase network takes {100 * advice['flop_share_phase']:.1f} % of the FLOPs")
+        return "\n".join([head, *lines, *(f"caution {flag}" for flag in advice["flags"])])
     low, high = advice["interval_n"]
     share = advice["regret_band_n"]["share"]
     band = advice["regret_band_n"]["interval"]

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
+from replicate.scaling.solve import EXPONENT_MAX
 from replicate.spec import UserError
 
 #: An exponent whose interval reaches down to this is not told apart from "does not matter".
 EXPONENT_GUARD = 0.02
 REGRET = 0.05
 Number = np.ndarray | float
+#: Amplitude and exponent of each term that an optimum balances.
+SIZE_AND_TIME = (("A1", "a1"), ("A2", "a2"))
+MODULUS_PHASE_TIME = (("A1", "a1"), ("A3", "a3"), ("A2", "a2"))
 NO_OPTIMUM = "no interior optimum identified"
 
 
@@ -82,6 +86,26 @@ def fitted_kappa(n: np.ndarray, flops: np.ndarray, space: float, d_prime: np.nda
     share = coefficients * np.array([np.median(n[good]) ** p for p in powers])
     coefficients = np.where(share < 1e-6 * share.sum(), 0.0, coefficients)
     return Kappa(tuple(float(k) for k in coefficients), powers, source)
+
+
+def split_cost(
+    modulus: np.ndarray, phase: np.ndarray, flops: np.ndarray, space: float, d_prime: np.ndarray, source: str
+) -> tuple[float, float]:
+    """(k_modulus, k_phase): FLOP per unique sample = k_modulus N_mod + k_phase N_ph, least relative squares.
+
+    The leading order of SCIENCE section 7; attention and constants are spread over the two.
+    """
+    from scipy.optimize import nnls
+
+    per_sample = flops / (space * d_prime)
+    good = np.isfinite(per_sample) & (per_sample > 0)
+    columns = np.stack([modulus[good], phase[good]], axis=1) / per_sample[good, None]
+    if good.sum() < 2 or np.linalg.cond(columns / np.linalg.norm(columns, axis=0)) > 1e6:
+        raise UserError(f"{source}: the costs of modulus and phase cannot be told apart")
+    k_modulus, k_phase = nnls(columns, np.ones(int(good.sum())))[0]
+    if min(k_modulus, k_phase) <= 0:
+        raise UserError(f"{source}: the costs of modulus and phase cannot be told apart")
+    return float(k_modulus), float(k_phase)
 
 
 @dataclass(frozen=True)
@@ -217,9 +241,10 @@ def regret_band(
 def guard(
     parameters: Mapping[str, float], intervals: Mapping[str, tuple[float, float] | None],
     draws: Mapping[str, np.ndarray] | None = None, size_p_value: float | None = None,
+    pairs: tuple[tuple[str, str], ...] = SIZE_AND_TIME,
 ) -> str | None:  # fmt: skip
     """Why there is no interior optimum, or None. Never extrapolate from a term that is not there."""
-    for amplitude, exponent in (("A1", "a1"), ("A2", "a2")):
+    for amplitude, exponent in pairs:
         if not parameters.get(amplitude, 0.0) > 0:
             return f"{amplitude} is at its bound"
         if draws is not None and np.mean(draws[amplitude] <= 0) > 0.025:
@@ -231,6 +256,8 @@ def guard(
         if interval[0] <= EXPONENT_GUARD:
             ends = f"[{interval[0]:.3g}, {interval[1]:.3g}]"
             return f"the interval of {exponent}, {ends}, contains {EXPONENT_GUARD}"
+        if interval[1] >= EXPONENT_MAX:
+            return f"the interval of {exponent} reaches the bound {EXPONENT_MAX:g}"
     if size_p_value is not None and size_p_value > 0.05:
         return f"N does not matter significantly (p = {size_p_value:.2g})"
     return None

@@ -212,6 +212,7 @@ def add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
         "--molecules", type=Path, default=Path("specs/molecules.toml"), help="table of molecules"
     )
     parser.add_argument("--batch", type=int, help="unique samples per step (default: as in the study)")
+    parser.add_argument("--networks", action="store_true", help="modulus and phase networks apart")
     parser.add_argument(
         "--arms", type=float, metavar="F", help="register the test N*/F, N*, N* F before training it"
     )

@@ -156,7 +156,9 @@ def fit_rows(
             options.progress(f"{ansatz} {metric}: selection, sensitivity, allocation")
             key = {"ansatz": ansatz, "metric": metric}
             blocks["sensitivity"].append(key | {"rows": _sensitivity(rows, head, options)})
-            blocks["allocation"].append(key | _allocation(rows, head))
+            networks = next((f for f in mine if f.scope == "all" and f.entry["law"] == "modulus_phase"), None)
+            split = {} if networks is None else {"modulus_phase": _network_allocation(rows, networks)}
+            blocks["allocation"].append(key | _allocation(rows, head) | split)
             if options.selection:
                 chosen = select.selection(
                     rows, head.rows, metric, options.objective, seed_of(options.seed, head.id)
@@ -323,9 +325,11 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
     out: dict[str, Any] = {"fit": head.id, "flop_models": models}
     p = entry["parameters"]
     test = entry["tests"].get("size_matters")
-    why = allocate.guard(
-        p, entry["intervals"], head.draws.raw if head.draws else None, test["p_value"] if test else None
-    ) if {"A1", "a1", "A2", "a2"} <= set(p) else "the law has no size and time terms to balance"  # fmt: skip
+    if head.solution.layout.design.law.name in ("additive", "additive_no_floor"):
+        draws = head.draws.raw if head.draws else None
+        why = allocate.guard(p, entry["intervals"], draws, test["p_value"] if test else None)
+    else:
+        why = "the law is not one term in N and one in D'"
     if why is not None:
         return clean(
             out
@@ -345,6 +349,28 @@ def _allocation(rows: Rows, head: Fit) -> dict[str, Any]:
     return clean(
         out | {"status": "ok", "reason": "", "exponent_N": share, "exponent_D": 1 - share, "interval_N": ends}
     )
+
+
+def _network_allocation(rows: Rows, fit: Fit) -> dict[str, Any]:
+    """Whether modulus and phase networks can be traded against each other, and what each costs."""
+    entry = fit.entry
+    draws = fit.draws.raw if fit.draws else None
+    why = allocate.guard(entry["parameters"], entry["intervals"], draws, pairs=allocate.MODULUS_PHASE_TIME)
+    mine = (rows.labels["ansatz"] == fit.ansatz) & (rows.reason[fit.metric] == "")
+    costs: dict[str, Any] = {}
+    for molecule in entry["molecules"]:
+        here = mine & (rows.labels["molecule"] == molecule)
+        costs[molecule] = {}
+        for key, flops in rows.flops.items():
+            m, p, d = (rows.variables[v][here] for v in ("M", "P", "D"))
+            space = rows.molecules[molecule]["search_space"]
+            try:
+                k = allocate.split_cost(m, p, flops[here], space, d, f"{key} of {molecule}")
+                costs[molecule][key] = {"k_modulus": k[0], "k_phase": k[1]}
+            except UserError as error:
+                costs[molecule][key] = {"reason": str(error)}
+    status = "ok" if why is None else allocate.NO_OPTIMUM
+    return clean({"fit": fit.id, "status": status, "reason": why or "", "costs": costs})
 
 
 def _tree(rows: Rows, fits: list[Fit]) -> xr.DataTree:
