@@ -16,7 +16,15 @@ PARTS = [
     "gradient_phase",
     "total",
 ]
-FORMS = ["modulus_parameters", "phase_parameters", "matmul_weights", "forward", "sampling_cached", *PARTS]
+COUNTS = ["modulus_parameters", "phase_parameters", "matmul_weights", "forward"]
+SAMPLING = [f"sampling_{convention}" for convention in ("passes", "cache", "recurrent")]
+PARAMETERS_ONLY = [f"{part}_from_parameters" for part in ("sampling", "local_energy_modulus", "total")]
+FORMS = [*COUNTS, *SAMPLING, *PARTS, *PARAMETERS_ONLY]
+
+
+def defined(ansatz: str, form: str) -> bool:
+    """Not every ansatz can sample in every way."""
+    return form not in SAMPLING or form.removeprefix("sampling_") in flops.SAMPLING[ansatz]
 
 
 class ClosedForm(Suite):
@@ -30,10 +38,15 @@ class ClosedForm(Suite):
         for ansatz in ANSATZE
         for size in SIZES
         for form in FORMS
+        if defined(ansatz, form)
     )
 
     def setup_cache(self) -> dict[str, Any]:
         return {}  # nothing to compute
+
+    def setup(self, cases: Any, name: str, ansatz: str, size: str, form: str) -> None:
+        if not defined(ansatz, form):
+            raise NotImplementedError(f"{ansatz} does not sample this way")
 
     def track_value(self, cases: Any, name: str, ansatz: str, size: str, form: str) -> int:
         molecule, shape = spec(name), SHAPES[size]
@@ -42,8 +55,9 @@ class ClosedForm(Suite):
         assert molecule.unique_flips is not None
         if form == "phase_parameters":
             return flops.phase_parameters(*phase, n)
-        if form == "sampling_cached":
-            return flops.sampling_estimate(ansatz, params, n, cache=True)
+        if form in SAMPLING:
+            convention = form.removeprefix("sampling_")
+            return flops.sampling_estimate(ansatz, params, n, convention=convention)
         functions = {
             "modulus_parameters": flops.modulus_parameters,
             "matmul_weights": flops.matmul_weights,
@@ -52,6 +66,11 @@ class ClosedForm(Suite):
         if form in functions:
             return functions[form](ansatz, params, n)
         parts = flops.estimate_sample(
-            ansatz, params, *phase, n_qubits=n, n_unique_flips=molecule.unique_flips
+            ansatz,
+            params,
+            *phase,
+            n_qubits=n,
+            n_unique_flips=molecule.unique_flips,
+            attention=form not in PARAMETERS_ONLY,
         )
-        return parts[form]
+        return parts[form.removesuffix("_from_parameters")]

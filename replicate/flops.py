@@ -2,9 +2,12 @@
 
 Estimated (SCIENCE.md section 6, after Kaplan et al. 2020 with the exact attention count): every one of B
 unique samples costs one sampling pass, M forward passes of both networks for its local energy and three
-forward-like passes for its gradient; nothing is reused. Executed: the matrix products of the kernels that
-ran, from the counts of nodes and determinants that they ran on (a multiply-add is 2, as in torch's
-FlopCounterMode). Nothing heavy is imported: `plan` uses this module.
+forward-like passes for its gradient (one forward, two backward); nothing is reused. `attention=False` leaves
+Kaplan's count, from parameters alone. These closed forms take arrays for n and M, too.
+
+Executed: the matrix products of the kernels that ran, from the counts of nodes and determinants that they
+ran on (a multiply-add is 2, as in torch's FlopCounterMode). Nothing heavy is imported: `plan` uses this
+module.
 """
 
 from __future__ import annotations
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     from replicate.spec import Point
 
 Params = Mapping[str, int | float | str]
+
+# How one sample is drawn: a full pass over the tokens so far for each token, a key-value cache, or RetNet's
+# state. First the study's own.
+SAMPLING = {
+    "made": ("passes",),
+    "transformer": ("passes", "cache"),
+    "retnet": ("recurrent", "passes", "cache"),
+}
 
 
 def _get(params: Params, *names: str) -> tuple[int, ...]:
@@ -48,35 +59,41 @@ def matmul_weights(kind: str, params: Params, n_qubits: int) -> int:
     return layers * (square * d * d + 2 * d * f) + 4 * d
 
 
-def forward_estimate(kind: str, params: Params, n_qubits: int) -> int:
+def forward_estimate(kind: str, params: Params, n_qubits: int, *, attention: bool = True) -> int:
     """F: one forward pass of the modulus on one determinant (RetNet in its parallel form)."""
     weights = matmul_weights(kind, params, n_qubits)
     if kind == "made":
         return 2 * weights
     tokens = n_qubits // 2
     d, layers = _get(params, "d", "layers")
-    return 2 * tokens * weights + 4 * layers * tokens * tokens * d
+    return 2 * tokens * weights + attention * 4 * layers * tokens * tokens * d
 
 
-def recurrent_estimate(params: Params, n_qubits: int) -> int:
-    """One pass of RetNet in its recurrent form: T (2 N~ + 4 L d^2 / h)."""
+def recurrent_estimate(params: Params, n_qubits: int, *, attention: bool = True) -> int:
+    """One pass of RetNet in its recurrent form: T (2 N~ + 4 L d^2 / h). `attention`: the state's part."""
     d, heads, layers = _get(params, "d", "heads", "layers")
-    return (n_qubits // 2) * (2 * matmul_weights("retnet", params, n_qubits) + 4 * layers * d * d // heads)
+    state = attention * 4 * layers * d * d // heads
+    return (n_qubits // 2) * (2 * matmul_weights("retnet", params, n_qubits) + state)
 
 
-def sampling_estimate(kind: str, params: Params, n_qubits: int, *, cache: bool = False) -> int:
-    """S: drawing one sample. `cache`: transformer with a key-value cache; the study assumes none."""
+def sampling_estimate(
+    kind: str, params: Params, n_qubits: int, *, convention: str | None = None, attention: bool = True
+) -> int:
+    """S: drawing one sample, by a convention of `SAMPLING` (None: the study's). ValueError for others."""
+    convention = convention or SAMPLING[kind][0]
+    if convention not in SAMPLING[kind]:
+        raise ValueError(f"{kind} samples by {' or '.join(SAMPLING[kind])}, not by {convention}")
     tokens = n_qubits // 2
     if kind == "made":
         return n_qubits * matmul_weights(kind, params, n_qubits)  # T passes
-    if kind == "retnet":
-        return recurrent_estimate(params, n_qubits)
+    if convention == "recurrent":
+        return recurrent_estimate(params, n_qubits, attention=attention)
     weights = matmul_weights(kind, params, n_qubits)
     d, layers = _get(params, "d", "layers")
-    if cache:
-        return 2 * weights * tokens + 2 * layers * d * tokens * (tokens + 1)
+    if convention == "cache":
+        return 2 * weights * tokens + attention * 2 * layers * d * tokens * (tokens + 1)
     square_sum = tokens * (tokens + 1) * (2 * tokens + 1)
-    return weights * tokens * (tokens + 1) + 2 * layers * d * square_sum // 3
+    return weights * tokens * (tokens + 1) + attention * 2 * layers * d * square_sum // 3
 
 
 def estimate_sample(
@@ -87,15 +104,20 @@ def estimate_sample(
     *,
     n_qubits: int,
     n_unique_flips: int,
-    cache: bool = False,
+    sampling: str | None = None,
+    attention: bool = True,
 ) -> dict[str, int]:
-    """FLOPs per unique sample and step in named parts: S, M F, M phi, 3 F, 3 phi and their total."""
-    local = recurrent_estimate(params, n_qubits) if kind == "retnet" else None
-    forward = forward_estimate(kind, params, n_qubits)
+    """FLOPs per unique sample and step in named parts: S, M F, M phi, 3 F, 3 phi and their total.
+
+    RetNet's local energies are counted in its recurrent form, its gradient in the parallel one. What
+    attention (or retention) takes of a part is the difference to the same with `attention=False`.
+    """
+    forward = forward_estimate(kind, params, n_qubits, attention=attention)
+    local = recurrent_estimate(params, n_qubits, attention=attention) if kind == "retnet" else forward
     phase = 2 * phase_parameters(phase_width, phase_depth, n_qubits)
     parts = {
-        "sampling": sampling_estimate(kind, params, n_qubits, cache=cache),
-        "local_energy_modulus": n_unique_flips * (forward if local is None else local),
+        "sampling": sampling_estimate(kind, params, n_qubits, convention=sampling, attention=attention),
+        "local_energy_modulus": n_unique_flips * local,
         "local_energy_phase": n_unique_flips * phase,
         "gradient_modulus": 3 * forward,
         "gradient_phase": 3 * phase,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chemistry import molecule, spec
@@ -13,14 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from replicate import flops
-from replicate.ansatz import build_wave_function
+from replicate.ansatz import Level, build_wave_function
 from replicate.ansatz.transformer import BLOCK_WIDTH
 from replicate.energy import LOCAL_ENERGY
 from replicate.sampler import sample_tree
 from replicate.sector import Sector
 from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec
 from replicate.trainer import train
-from replicate.tree import build_tree
+from replicate.tree import START, build_tree
 
 
 def counted(function: Any, *args: Any) -> int:
@@ -110,13 +112,83 @@ def test_local_energy_dominates_the_estimate() -> None:
             assert 0.97 < share < 0.9995
 
 
-def test_sampling_closed_forms_are_sums_over_tokens() -> None:
-    params = {"d": 6, "heads": 2, "ff": 10, "layers": 2}
-    weights = flops.matmul_weights("transformer", params, 16)
-    without = sum(2 * weights * t + 4 * 2 * t * t * 6 for t in range(1, 9))
-    with_cache = sum(2 * weights + 4 * 2 * t * 6 for t in range(1, 9))
-    assert flops.sampling_estimate("transformer", params, 16) == without
-    assert flops.sampling_estimate("transformer", params, 16, cache=True) == with_cache
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("kind", ["transformer", "retnet"])
+def test_sampling_closed_forms_are_sums_over_tokens(kind: str, attention: bool) -> None:
+    """Without a cache token t is a forward pass over t tokens; with one, a row against t keys."""
+    params = {"d": 6, "heads": 1, "ff": 10, "layers": 2}
+    weights = flops.matmul_weights(kind, params, 16)
+    passes = sum(flops.forward_estimate(kind, params, 2 * t, attention=attention) for t in range(1, 9))
+    with_cache = sum(2 * weights + attention * 4 * 2 * t * 6 for t in range(1, 9))
+    estimate = partial(flops.sampling_estimate, kind, params, 16, attention=attention)
+    assert estimate(convention="passes") == passes
+    assert estimate(convention="cache") == with_cache
+
+
+def test_made_samples_by_passes() -> None:
+    params = {"width": 5, "depth": 2}
+    assert flops.sampling_estimate("made", params, 16) == 8 * flops.forward_estimate("made", params, 16)
+    with pytest.raises(ValueError, match="made samples by passes, not by cache"):
+        flops.sampling_estimate("made", params, 16, convention="cache")
+    with pytest.raises(ValueError, match="not by recurrent"):
+        flops.sampling_estimate("transformer", PARAMS["transformer"], 16, convention="recurrent")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "retnet"])
+def test_drawing_one_sample_executes_the_closed_form(kind: str) -> None:
+    """A chain of T tokens through the sampler's own code: key-value cache, or RetNet's state.
+
+    Of the state the counter sees the query's product, not the outer product k v^T: half of it.
+    """
+    rng = random.Random(2)
+    for _ in range(20):
+        n_orbitals, params = rng.randint(2, 9), random_params(kind, rng)
+        sector = Sector(n_orbitals, 1, 1)
+        wave = build_wave_function(sector, kind, params, 4, 1, seed=0)
+
+        def draw(wave: Any = wave, n_orbitals: int = n_orbitals) -> None:
+            state: Any = ()
+            zero = torch.zeros(1, dtype=torch.int64)
+            for t in range(n_orbitals):
+                symbol = zero if t else torch.full_like(zero, START)
+                _, state = wave.network.advance(Level(t, zero, symbol, zero), state)
+
+        convention = {"transformer": "cache", "retnet": "recurrent"}[kind]
+        estimate = partial(flops.sampling_estimate, kind, params, sector.n_qubits, convention=convention)
+        unseen = estimate() - estimate(attention=False) if kind == "retnet" else 0
+        assert counted(draw) == estimate() - unseen // 2
+
+
+@pytest.mark.parametrize("kind", ["transformer", "retnet"])
+def test_count_from_parameters_is_the_linear_layers(kind: str) -> None:
+    """Kaplan's count leaves out what has no parameters: the batched products of attention or retention."""
+    rng = random.Random(3)
+    for _ in range(20):
+        n_orbitals, params = rng.randint(2, 9), random_params(kind, rng)
+        sector = Sector(n_orbitals, 1, 1)
+        wave = build_wave_function(sector, kind, params, 4, 1, seed=0)
+        keys = torch.as_tensor(sector.enumerate_keys())[:3]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            wave.network.flat_logits(keys)
+        by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        linear = sum(n for op, n in by_operator.items() if "bmm" not in op)
+        assert linear == len(keys) * flops.forward_estimate(kind, params, sector.n_qubits, attention=False)
+        assert sum(by_operator.values()) > linear
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimates_take_arrays(kind: str) -> None:
+    """Many molecules at once: arrays of n and M give what each pair gives."""
+    n, flips = np.array([14, 20, 30]), np.array([228, 534, 3810])
+    for attention in (True, False):
+        for sampling in flops.SAMPLING[kind]:
+            form = partial(
+                flops.estimate_sample, kind, PARAMS[kind], 64, 1, sampling=sampling, attention=attention
+            )
+            many = form(n_qubits=n, n_unique_flips=flips)  # type: ignore[arg-type]
+            for i in range(3):
+                one = form(n_qubits=int(n[i]), n_unique_flips=int(flips[i]))
+                assert {name: int(value[i]) for name, value in many.items()} == one  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", KINDS)
