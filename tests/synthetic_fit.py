@@ -1,6 +1,8 @@
-"""A synthetic fit file (schema of `python -m replicate fit`) with chosen parameters and spreads, for the figures' tests.
+"""A synthetic fit file (schema of `python -m replicate fit`) with chosen parameters and spreads, for the
+figures' tests.
 
-Nothing here is fitted: parameters are given, draws are log-normal around them, residuals are those of the cube's runs.
+Nothing here is fitted: parameters are given, draws are log-normal around them, residuals are those of the
+cube's runs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def write_fit(
 ) -> Path:
     """Write fit.json and fit.nc into `folder`; returns the JSON's path.
 
-    `laws`: (ansatz, metric) -> A0, A1, a1, A2, a2 of the joint additive law; `per_molecule` and `extra_laws` add
+    `laws`: (ansatz, metric) -> A0, A1, a1, A2, a2 of the joint additive law; `per_molecule` and
+    `extra_laws` add
     (ansatz, metric, molecule) and (ansatz, metric, law name) entries. `spread`: relative sd of every draw.
     """
     rng = np.random.default_rng(seed)
@@ -50,7 +53,9 @@ def write_fit(
     for ansatz, metric, scope, law, parameters in entries:
         joint = scope == "all"
         rows = _runs(final, ansatz, metric, None if joint else scope)
-        intercepts = {m: 0.1 * (i - (len(molecules) - 1) / 2) for i, m in enumerate(molecules)} if joint else {}
+        intercepts = (
+            {m: 0.1 * (i - (len(molecules) - 1) / 2) for i, m in enumerate(molecules)} if joint else {}
+        )
         names = list(parameters)
         value = np.array([parameters[n] for n in names])
         draws = value * np.exp(spread * rng.standard_normal((replicates, len(names))))
@@ -63,7 +68,9 @@ def write_fit(
         fitted = _law(parameters, rows["n_total"], rows["d_prime"]) * np.exp(shift)
         observed = rows[metric]
         everything = names + [f"intercept[{m}]" for m in intercepts]
-        offsets = np.array(list(intercepts.values())) + spread * rng.standard_normal((replicates, len(intercepts)))
+        offsets = np.array(list(intercepts.values())) + spread * rng.standard_normal(
+            (replicates, len(intercepts))
+        )
         full = np.concatenate([draws, offsets], axis=1) if intercepts else draws
         groups[f"/{ansatz}/{metric}/{scope}/{law}"] = xr.Dataset(
             {
@@ -74,7 +81,10 @@ def write_fit(
                 "observed": ("point", observed),
             },
             coords={"parameter": everything}
-            | {name: ("point", rows[name]) for name in (*LABELS, "n_total", "n_modulus", "n_phase", "d_prime")}
+            | {
+                name: ("point", rows[name])
+                for name in (*LABELS, "n_total", "n_modulus", "n_phase", "d_prime")
+            }
             | {"search_fraction": ("point", rows["search_fraction"])},
         )
         fits.append(
@@ -90,7 +100,9 @@ def write_fit(
                     "N": _described("n_total", rows["n_total"]),
                     "D": _described("d_prime", rows["d_prime"]),
                 },
-                "parameters": {n: (None if math.isnan(v) else float(v)) for n, v in zip(names, value, strict=True)},
+                "parameters": {
+                    n: (None if math.isnan(v) else float(v)) for n, v in zip(names, value, strict=True)
+                },
                 "intervals": {n: [float(a), float(b)] for n, a, b in zip(names, low, high, strict=True)},
                 "intervals_by_kind": {
                     kind: {n: [float(a), float(b)] for n, a, b in zip(names, low, high, strict=True)}
