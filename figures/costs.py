@@ -184,6 +184,16 @@ def cost_shares(study: StudyData) -> Plot:
         f"the local energy. "
         "The CSV holds the lowest and highest share over the runs."
     )
+    if any(
+        "forward" in name
+        for family in ("flops_executed_part", "wall_part_seconds")
+        for name in study.parts(family)
+    ):
+        caption += (
+            " Executed and measured: the forward pass of the samples, which the gradient and, in the "
+            "whole-sector "
+            "regime, the local energy share, is counted with the sampling."
+        )
     alt = "Stacked bars of the shares of sampling, local energy and gradient per molecule and ansatz."
     columns = ("molecule", "ansatz", "accounting", "part", "share", "runs", "point_ids")
     return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
