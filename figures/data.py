@@ -45,7 +45,7 @@ _HISTORY = ("step", "energy", "variance", "n_unique", "n_samples", "learning_rat
 
 _PARTS = {
     "flops_estimated_part": "flop_part",
-    "flops_executed_part": "flop_part",
+    "flops_executed_part": "executed_part",
     "wall_part_seconds": "wall_part",
 }
 _AXES = {

@@ -65,6 +65,13 @@ PARTS = (
         "estimated training FLOPs of a part of the step",
     ),
     (
+        "flops_executed_part",
+        "executed_part",
+        "flops_executed_parts",
+        "flop",
+        "executed training FLOPs of a part of the step",
+    ),
+    (
         "wall_part_seconds",
         "wall_part",
         "wall_parts",

@@ -90,6 +90,7 @@ class Progress:
     flops_executed: int = 0
     wall_seconds: float = 0.0
     wall_parts: dict[str, float] = field(default_factory=dict)
+    flops_parts: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
 
     @classmethod
@@ -114,7 +115,15 @@ class Progress:
             "run/n_unique": torch.from_numpy(self.n_unique.copy()),
             "run/records": torch.tensor(self.records, dtype=torch.float64).reshape(-1, len(HISTORY)),
         }
-        names = ("step", "n_samples", "flops_executed", "wall_seconds", "wall_parts", "resumed")
+        names = (
+            "step",
+            "n_samples",
+            "flops_executed",
+            "wall_seconds",
+            "wall_parts",
+            "flops_parts",
+            "resumed",
+        )
         own = {name: getattr(self, name) for name in names}
         return Checkpoint(
             step=checkpoint.step, tensors=tensors, meta={"trainer": checkpoint.meta, "run": own}
@@ -215,13 +224,15 @@ def run_point(
     kept = set(record_grid(point.steps).tolist())
     began = last_time = time.perf_counter()
     last_step = progress.step
-    earlier, earlier_parts = progress.wall_seconds, progress.wall_parts
+    earlier, earlier_parts, earlier_flops = progress.wall_seconds, progress.wall_parts, progress.flops_parts
 
     def clock() -> None:
-        """Bring the wall times up to now, those of interrupted parts included."""
+        """Bring times and FLOPs by part up to now, those of interrupted parts of the run included."""
         progress.wall_seconds = earlier + time.perf_counter() - began
         now = getattr(run, "wall_parts", {})
         progress.wall_parts = {name: earlier_parts.get(name, 0.0) + value for name, value in now.items()}
+        counted = getattr(run, "flops_parts", {})
+        progress.flops_parts = {name: earlier_flops.get(name, 0) + value for name, value in counted.items()}
 
     for record in run:
         progress.add(record, keep=progress.step + 1 in kept)
@@ -310,6 +321,7 @@ def _dataset(
             "resumed": progress.resumed,
             "invalid_reason": invalid,
             "flops_estimated_parts": json.dumps(parts, sort_keys=True),
+            "flops_executed_parts": json.dumps(progress.flops_parts, sort_keys=True),
             "wall_parts": json.dumps(progress.wall_parts, sort_keys=True),
         },
     )

@@ -138,6 +138,7 @@ class Training:
         self._batch: SectorBatch | None = None
         self.step = 0
         self.wall_parts = {"forward_and_sampling": 0.0, "local_energy": 0.0, "gradient": 0.0}
+        self.flops_parts = dict.fromkeys(self.wall_parts, 0)  # executed, of the steps made here
         if resume is not None:
             self._restore(resume)
 
@@ -162,7 +163,9 @@ class Training:
         rate = schedules.learning_rate(spec.train, step, steps)
         entropy = schedules.annealing(spec.train, step, steps)
         take = self._whole_step if self.regime == "whole" else self._tree_step
-        outcome, executed = take(drawn, entropy)
+        outcome, parts = take(drawn, entropy)
+        for name, executed in parts.items():
+            self.flops_parts[name] += executed
 
         began = time.perf_counter()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -178,7 +181,8 @@ class Training:
         if not math.isfinite(energy) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step + 1}: energy {energy}, gradient norm {grad_norm}")
         self.step += 1
-        return Record(self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, executed)
+        total = sum(parts.values())
+        return Record(self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, total)
 
     # -- the whole sector in one pass -----------------------------------------------------------------------
 
@@ -192,7 +196,7 @@ class Training:
             self._batch = SectorBatch(tree, self.wave.phase.inputs(keys), matrix)
         return self._batch
 
-    def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, int]:
+    def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
         batch, clock = self.batch, time.perf_counter
         began = clock()
         log_prob = self.wave.log_prob(batch.tree)
@@ -222,14 +226,14 @@ class Training:
 
     # -- a growing tree of samples --------------------------------------------------------------------------
 
-    def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, int]:
+    def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
         clock, spec = time.perf_counter, self.point
         began = clock()
         samples = sample_tree(self.wave, n_samples, spec.sampling.batch_max, self.generator)
-        sampled = clock()
         own, cost = samples.keys, Evaluated()
         # One forward pass serves the local energies and the gradient where all of its activations fit.
         forward = self._forward(own) if own.shape[0] <= self.gradient_chunk else None
+        sampled = clock()
         with torch.no_grad():
             if forward and spec.local_energy == "sampled":
                 amplitude = (forward[1].detach(), forward[2].detach().to(torch.float64))
@@ -244,7 +248,8 @@ class Training:
             self._backward(log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy)
             cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
         self._time(began, sampled, energy_done)
-        return outcome, self._tree_flops(samples, found.cost, cost)
+        executed = self._tree_flops(samples, found.cost, cost, chunked=forward is None)
+        return outcome, executed
 
     def _forward(self, keys: Tensor) -> tuple[PrefixTree, Tensor, Tensor]:
         """Tree, log p and phi of sorted distinct keys, with gradients."""
@@ -323,22 +328,33 @@ class Training:
             )
         return total
 
-    def _whole_flops(self, batch: SectorBatch) -> int:
+    def _whole_flops(self, batch: SectorBatch) -> dict[str, int]:
         cost = Evaluated(batch.tree.n_leaves, batch.tree.n_nodes, batch.tree.n_tips)
-        product = 4 * batch.matrix.values().shape[0]  # real and imaginary part of psi
-        return self._pass_flops(cost, backward=True) + product
+        forward = self._pass_flops(cost, backward=False)
+        return {
+            "forward_and_sampling": forward,
+            "local_energy": 4 * batch.matrix.values().shape[0],  # real and imaginary part of psi
+            "gradient": self._pass_flops(cost, backward=True) - forward,
+        }
 
-    def _tree_flops(self, samples: Samples, local: Evaluated, gradient: Evaluated) -> int:
+    def _tree_flops(
+        self, samples: Samples, local: Evaluated, gradient: Evaluated, *, chunked: bool
+    ) -> dict[str, int]:
+        """By part; the forward pass of the samples belongs to the gradient if that is `chunked`."""
         kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
-        total = flops.sampler_forward(kind, params, n, nodes=samples.nodes)
         if self.point.local_energy == "paper":
-            phase = flops.phase_forward(
+            found = flops.phase_forward(
                 self.point.phase.width, self.point.phase.depth, n, rows=local.determinants
             )
-            total += phase + local.determinants * flops.forward_estimate(kind, params, n)
+            found += local.determinants * flops.forward_estimate(kind, params, n)
         else:
-            total += self._pass_flops(local, backward=False)
-        return total + self._pass_flops(gradient, backward=True)
+            found = self._pass_flops(local, backward=False)
+        forward = 0 if chunked else self._pass_flops(gradient, backward=False)
+        return {
+            "forward_and_sampling": flops.sampler_forward(kind, params, n, nodes=samples.nodes) + forward,
+            "local_energy": found,
+            "gradient": self._pass_flops(gradient, backward=True) - forward,
+        }
 
     # -- the final state ------------------------------------------------------------------------------------
 

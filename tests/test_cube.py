@@ -85,9 +85,13 @@ def test_every_number_is_in_the_cell_of_its_labels(study: Study, store: Store) -
         assert cell.v_score.item() == pytest.approx(v_score, rel=1e-14)
         assert cell.n_total.item() == int(data["n_modulus"]) + int(data["n_phase"])
         split = parts.sel(labels(point))
-        for name, attribute in (("flop", "flops_estimated_parts"), ("wall", "wall_parts")):
+        assert sum(json.loads(data.attrs["flops_executed_parts"]).values()) == float(data["flops_executed"])
+        for name, attribute, variable in (
+            ("flop", "flops_estimated_parts", "flops_estimated_part"),
+            ("executed", "flops_executed_parts", "flops_executed_part"),
+            ("wall", "wall_parts", "wall_part_seconds"),
+        ):
             stored = json.loads(data.attrs[attribute])
-            variable = {"flop": "flops_estimated_part", "wall": "wall_part_seconds"}[name]
             found = dict(
                 zip(split[f"{name}_part"].values.tolist(), split[variable].values.tolist(), strict=True)
             )

@@ -226,8 +226,8 @@ CASES: dict[str, tuple[Case, Case]] = {
     **{f"3-metric-{kind}": (fitted(by_metric(0.5, 1.0)), fitted(by_metric(0.7, 0.7))) for kind in KINDS},
     "4-estimated": (flips(500), flips(1)),
     "4-executed": (
-        parts("flops_executed_part", "flop_part", 0.8),
-        parts("flops_executed_part", "flop_part", 0.2),
+        parts("flops_executed_part", "executed_part", 0.8),
+        parts("flops_executed_part", "executed_part", 0.2),
     ),
     "4-measured": (
         parts("wall_part_seconds", "wall_part", 0.8),
