@@ -6,6 +6,7 @@ Only the standard library, spec and store are imported here; what is heavy is im
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -229,7 +230,7 @@ def flops(arguments: argparse.Namespace) -> int:
     """Estimated FLOPs in parts beside what ran."""
     study, store = _open(arguments)
     points = _only(study, arguments.only)
-    from replicate.plan import flops_record
+    from replicate.plan import flops_record, flops_table
 
     record = flops_record(points, store)
     if arguments.json:
@@ -238,22 +239,18 @@ def flops(arguments: argparse.Namespace) -> int:
     if not record:
         _say("no point has a closed-form estimate")
         return DONE
-    parts = list(dict.fromkeys(name for row in record for name in row["parts"]))
-    header = ["id", "point", *parts, "executed", "ratio", "time"]
-    _table(
-        header,
-        [
-            [
-                row["id"],
-                row["point"],
-                *(_number(row["parts"].get(name)) for name in parts),
-                _number(row["flops_executed"]),
-                _number(row["ratio"], ".1f"),
-                _duration(row["wall_seconds"]),
-            ]
-            for row in record
-        ],
-    )
+    header, rows = flops_table(record)
+    if arguments.format == "csv":  # for machines: every digit
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return DONE
+    cells = [[cell if isinstance(cell, str) else _number(cell) for cell in row] for row in rows]
+    if arguments.format == "markdown":
+        for line in (header, ["---", "---", *["---:"] * (len(header) - 2)], *cells):
+            _say("| " + " | ".join(line) + " |")
+        return DONE
+    short = header.index("FLOP/s") + 1  # the parts of the estimate follow; those of a run would not fit
+    wide = [i for i, name in enumerate(header) if i < short or name.startswith("estimated ")]
+    _table([header[i] for i in wide], [[line[i] for i in wide] for line in cells])
     return DONE
 
 
@@ -371,6 +368,12 @@ def parser() -> argparse.ArgumentParser:
 
     made = spec_command(
         "flops", flops, "estimated FLOPs in parts beside executed counts and times", as_json=True
+    )
+    made.add_argument(
+        "--format",
+        choices=("text", "markdown", "csv"),
+        default="text",
+        help="markdown and csv also split executed FLOPs and seconds into parts (default: text)",
     )
     _only_argument(made)
 

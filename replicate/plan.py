@@ -40,10 +40,13 @@ def count_parameters(point: Point, n_qubits: int) -> tuple[int, int] | None:
     return n_modulus, flops.phase_parameters(point.phase.width, point.phase.depth, n_qubits)
 
 
-def estimated_parts(point: Point, n_qubits: int, n_unique_flips: int, samples: int) -> dict[str, float]:
+def estimated_parts(
+    point: Point, n_qubits: int, n_unique_flips: int, samples: int, *, attention: bool = True
+) -> dict[str, float]:
     """The study's FLOP estimate for `samples` unique samples (summed over steps), in named parts and "total".
 
-    Raises KeyError for an ansatz from outside, which has no closed form.
+    `attention=False`: from parameters alone. Raises KeyError for an ansatz from outside, which has no closed
+    form.
     """
     per_sample = flops.estimate_sample(
         point.ansatz.kind,
@@ -52,6 +55,7 @@ def estimated_parts(point: Point, n_qubits: int, n_unique_flips: int, samples: i
         point.phase.depth,
         n_qubits=n_qubits,
         n_unique_flips=n_unique_flips,
+        attention=attention,
     )
     return {name: float(samples * value) for name, value in per_sample.items()}
 
@@ -153,34 +157,56 @@ def flops_record(points: Iterable[Point], store: Store) -> list[dict[str, Any]]:
     """The JSON of `flops --json`: per point the estimate in parts, executed FLOPs, their ratio and speed.
 
     The estimate is from the recorded unique counts once a point has run, else at the largest batch; what only
-    a run can tell is None until then.
+    a run can tell is None until then. `attention`: what attention or retention takes of the estimate. Points
+    of which nothing is known (an ansatz without closed form, an unknown M) are left out until they have run.
     """
     rows: list[dict[str, Any]] = []
     for point in points:
-        row: dict[str, Any] = {
-            "id": point.id,
-            "point": str(point),
-            "flops_executed": None,
-            "wall_seconds": None,
-        }
         data = store.read_point(point.id)
         if data is not None:
-            row["parts"] = json.loads(data.attrs["flops_estimated_parts"])
-            row["flops_executed"] = float(data["flops_executed"])
-            row["wall_seconds"] = float(data["wall_seconds"])
+            molecule = json.loads(data.attrs["molecule"])
+            n, flips = molecule["n_spin_orbitals"], molecule["n_unique_flips"]
+            samples = int(data["n_unique"].sum())
+        elif point.molecule.search_space is not None:
+            n, flips = point.molecule.n_spin_orbitals, point.molecule.unique_flips
+            samples = point.steps * min(point.sampling.batch_max, point.molecule.search_space)
         else:
-            n, space, flips = (
-                point.molecule.n_spin_orbitals,
-                point.molecule.search_space,
-                point.molecule.unique_flips,
-            )
-            if n is None or space is None or flips is None or count_parameters(point, n) is None:
-                continue
-            row["parts"] = estimated_parts(
-                point, n, flips, point.steps * min(point.sampling.batch_max, space)
-            )
-        executed = row["flops_executed"]
-        row["ratio"] = row["parts"]["total"] / executed if executed else None
-        row["flop_per_second"] = executed / row["wall_seconds"] if executed and row["wall_seconds"] else None
+            continue
+        row: dict[str, Any] = {"id": point.id, "point": str(point), "parts": None, "attention": None}
+        if n is not None and flips is not None and count_parameters(point, n) is not None:
+            row["parts"] = estimated_parts(point, n, flips, samples)
+            rest = estimated_parts(point, n, flips, samples, attention=False)
+            row["attention"] = row["parts"]["total"] - rest["total"]
+        elif data is None:
+            continue
+        executed = seconds = None
+        if data is not None:
+            executed, seconds = float(data["flops_executed"]), float(data["wall_seconds"])
+            row["executed_parts"] = json.loads(data.attrs.get("flops_executed_parts", "{}"))
+            row["wall_parts"] = json.loads(data.attrs.get("wall_parts", "{}"))
+        row["flops_executed"], row["wall_seconds"] = executed, seconds
+        row["ratio"] = row["parts"]["total"] / executed if executed and row["parts"] else None
+        row["flop_per_second"] = executed / seconds if executed and seconds else None
         rows.append(row)
     return rows
+
+
+def flops_table(record: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str | float | None]]]:
+    """`flops_record` as a table: FLOPs estimated and executed, seconds measured; in total, then by part."""
+    rows = list(record)
+
+    def names(family: str) -> list[str]:
+        found = dict.fromkeys(name for row in rows for name in row.get(family) or {})
+        return [name for name in found if name != "total"]
+
+    families = {"estimated": "parts", "executed": "executed_parts", "seconds": "wall_parts"}
+    columns = [(label, family, name) for label, family in families.items() for name in names(family)]
+    totals = ("estimated", "attention", "executed", "estimated/executed", "seconds", "FLOP/s")
+    table: list[list[str | float | None]] = []
+    for row in rows:
+        estimated = row["parts"]["total"] if row["parts"] else None
+        kept = ("flops_executed", "ratio", "wall_seconds", "flop_per_second")
+        parts = [(row.get(family) or {}).get(name) for _, family, name in columns]
+        total = [estimated, row["attention"], *(row[name] for name in kept)]
+        table.append([row["id"], row["point"], *total, *parts])
+    return ["id", "point", *totals, *(f"{label} {name}" for label, _, name in columns)], table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,41 @@ def test_flops_beside_each_other(
         parts = {name: value for name, value in row["parts"].items() if name != "total"}
         assert sum(parts.values()) == row["parts"]["total"] == float(data["flops_estimated"])
         assert row["ratio"] == row["parts"]["total"] / float(data["flops_executed"])
+        assert row["attention"] == 0  # a MADE has none
+        assert sum(row["executed_parts"].values()) == row["flops_executed"]
+        assert row["flop_per_second"] == row["flops_executed"] / float(data["wall_seconds"])
+
+
+def test_flops_as_a_table_for_papers_and_for_machines(
+    trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers in every format; CSV keeps every digit."""
+    assert main(["flops", str(spec), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert main(["flops", str(spec), "--format", "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert main(["flops", str(spec), "--format", "markdown"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == list(table[0])
+    assert len(lines) == 2 + len(record) == 2 + len(table)
+    for row, line, drawn in zip(record, table, lines[2:], strict=True):
+        assert (line["id"], line["point"]) == (row["id"], row["point"]) == (drawn[0], drawn[1])
+        assert float(line["estimated"]) == row["parts"]["total"]
+        assert float(line["executed"]) == row["flops_executed"]
+        assert float(line["estimated/executed"]) == row["ratio"]
+        assert float(line["FLOP/s"]) == row["flop_per_second"]
+        for label, family in (
+            ("estimated", "parts"),
+            ("executed", "executed_parts"),
+            ("seconds", "wall_parts"),
+        ):
+            parts = {name: value for name, value in row[family].items() if name != "total"}
+            assert {n: float(line[f"{label} {n}"]) for n in parts} == parts
+        assert [float(cell) for cell in drawn[2:]] == pytest.approx(
+            [float(cell) for cell in list(line.values())[2:]], rel=1e-2
+        )
+    assert main(["flops", str(spec)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1 + len(record)
 
 
 def test_verify_tells_the_same_from_the_tampered(

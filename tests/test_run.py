@@ -119,6 +119,7 @@ def test_interrupted_point_ends_with_the_same_bits(
     assert stops == 9  # the last one between training and evaluation
     assert int(parts.attrs["resumed"]) == 9
     assert_same_bits(whole, parts)
+    assert parts.attrs["flops_executed_parts"] == whole.attrs["flops_executed_parts"]
     assert not store.checkpoint_path(point.id).exists()
 
 
