@@ -310,6 +310,10 @@ class Training:
 
     # -- executed FLOPs -------------------------------------------------------------------------------------
 
+    def _foreign_flops(self, nodes: int) -> int:
+        """An ansatz from outside has no exact count: 2 N_mod per position stands for it (Kaplan et al.)."""
+        return 2 * self.n_modulus * nodes
+
     def _pass_flops(self, cost: Evaluated, *, backward: bool) -> int:
         """Both networks on a tree: forward, plus with `backward` the gradient's products."""
         kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
@@ -317,6 +321,9 @@ class Training:
         total = 0
         for gradient in (False, True) if backward else (False,):
             total += flops.phase_forward(*phase, rows=cost.determinants, backward=gradient)
+            if kind not in flops.SAMPLING:
+                total += (2 if gradient else 1) * self._foreign_flops(cost.nodes)
+                continue
             total += flops.tree_forward(
                 kind,
                 params,
@@ -346,12 +353,19 @@ class Training:
             found = flops.phase_forward(
                 self.point.phase.width, self.point.phase.depth, n, rows=local.determinants
             )
-            found += local.determinants * flops.forward_estimate(kind, params, n)
+            if kind in flops.SAMPLING:
+                found += local.determinants * flops.forward_estimate(kind, params, n)
+            else:
+                found += local.determinants * self._foreign_flops(self.sector.n_orbitals)
         else:
             found = self._pass_flops(local, backward=False)
         forward = 0 if chunked else self._pass_flops(gradient, backward=False)
+        if kind in flops.SAMPLING:
+            sampling = flops.sampler_forward(kind, params, n, nodes=samples.nodes)
+        else:
+            sampling = self._foreign_flops(sum(samples.nodes))
         return {
-            "forward_and_sampling": flops.sampler_forward(kind, params, n, nodes=samples.nodes) + forward,
+            "forward_and_sampling": sampling + forward,
             "local_energy": found,
             "gradient": self._pass_flops(gradient, backward=True) - forward,
         }

@@ -11,7 +11,8 @@ import torch
 from chemistry import molecule, spec
 from networks import KINDS, PARAMS
 
-from replicate import schedules
+from replicate import flops, schedules
+from replicate.ansatz import BUILT_IN
 from replicate.regime import choose_regime, connectivity
 from replicate.sector import Sector
 from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec, TrainSpec
@@ -76,6 +77,29 @@ def test_bit_identical_from_run_to_run(kind: str) -> None:
     assert records[0] == records[1]
     other = list(train(make_point(kind=kind, seed=1), molecule("LiH")))
     assert other != records[0]
+
+
+@pytest.mark.parametrize("mode", ["whole", "tree", "paper"])
+def test_an_ansatz_from_outside_trains(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no closed form: its positions count 2 N_mod each, the phase network what it costs."""
+    monkeypatch.setitem(BUILT_IN, "outside", BUILT_IN["made"])
+    changes: dict[str, Any] = {"sampling": SamplingSpec(regime="whole" if mode == "whole" else "tree")}
+    if mode == "paper":
+        changes["local_energy"] = "paper"
+    ours = AnsatzSpec(kind="outside", params=PARAMS["made"])
+    mol = molecule("LiH")
+    run = train(make_point(ansatz=ours, steps=1, **changes), mol)
+    record = next(iter(run))
+    assert record.flops_executed == sum(run.flops_parts.values())
+    if mode == "whole":
+        tree, phase = run.batch.tree, flops.phase_forward(8, 1, 12, rows=mol.search_space)
+        expected = phase + 2 * run.n_modulus * tree.n_nodes
+        assert run.flops_parts["forward_and_sampling"] == expected
+        assert expected < run.flops_parts["gradient"] <= 2 * expected
+    if mode == "paper":
+        passes = record.n_unique * mol.hamiltonian.n_unique_flips
+        expected = flops.phase_forward(8, 1, 12, rows=passes) + 2 * run.n_modulus * 6 * passes
+        assert run.flops_parts["local_energy"] == expected
 
 
 def test_small_memory_budget_changes_only_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
