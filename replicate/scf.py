@@ -235,7 +235,7 @@ def _full_ci(constant: float, h1: Floats, eri: Floats, electrons: tuple[int, int
     """Lowest energy of the (n_alpha, n_beta) sector, NaN above `FCI_LIMIT` determinants or unconverged.
 
     Davidson's method keeps the symmetry of its start vectors, and the lowest determinants need not have that
-    of the ground state (B2: 36 mHa above it). So it starts from random vectors, weighted towards low
+    of the ground state (B2: 43 mHa above it). So it starts from random vectors, weighted towards low
     determinants, which have every symmetry. More roots are followed only where one does not converge
     (near-degenerate states).
     """

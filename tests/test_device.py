@@ -5,6 +5,7 @@ Where there is a GPU the same steps also run on it.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,14 @@ def test_one_pass_step_waits_at_most_three_times(kind: str) -> None:
 def test_step_runs_on_fake_tensors(kind: str, device: str) -> None:
     """In a process of its own: registering a backend cannot be undone, and a mistake there may abort."""
     script = Path(__file__).with_name("device_audit.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}  # also where nothing is installed
     done = subprocess.run(
-        [sys.executable, script, device, kind], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, script, device, kind],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"every tensor of the step on {device}" in done.stdout

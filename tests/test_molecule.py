@@ -76,7 +76,7 @@ def test_fci_is_the_lowest_state_of_the_sector(name: str) -> None:
 
 @pytest.mark.slow
 def test_fci_is_not_caught_in_the_symmetry_of_its_start() -> None:
-    # B2: following one root from the lowest determinants ends 36 mHa above the ground state
+    # B2: following one root from the lowest determinants ends 43 mHa above the ground state
     atoms = (("B", 0.0, 0.0, 0.0), ("B", 0.0, 0.0, 1.6))
     mol = load_molecule(MoleculeSpec(name="B2", atoms=atoms))
     matrix = Kernel(mol.hamiltonian).sector_matrix(torch.from_numpy(sector(mol).enumerate_keys()))
