@@ -28,7 +28,8 @@ class Step(Suite):
     def setup(self, cases: Cases, name: str, ansatz: str, size: str, way: str) -> None:
         if way == "whole" and cases[name].search_space > WHOLE_LIMIT:
             raise NotImplementedError("the sector is not enumerated")
-        changes: dict[str, Any] = {"sampling": SamplingSpec(regime="whole", schedule="constant", n_max=DRAWN)}
+        sampling = SamplingSpec(regime="whole", schedule="constant", n_max=DRAWN, batch_max=WHOLE_LIMIT)
+        changes: dict[str, Any] = {"sampling": sampling}
         if way != "whole":
             drawn = GROWN[way]
             sampling = SamplingSpec(
