@@ -75,22 +75,30 @@ def cluster_weights(
     return counts[:, index]
 
 
-def bootstrap(
-    solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None, recheck: bool = True
-) -> Draws:
+def sketch(solution: Solution, replicates: int, seed: int) -> np.ndarray:
+    """(R, size) refits to 1e-5 only, without those that take long: for scores, never for intervals."""
+    design = solution.layout.design
+    weights = cluster_weights(design.cluster, design.group, replicates, np.random.default_rng(seed))
+    begin = np.repeat(solution.p[None], replicates, axis=0)
+    weights *= design.weight
+    batch = minimise(solution.layout, begin, weights=weights, damping=1e-4, tolerance=1e-5, max_iterations=40)
+    if batch.converged.sum() < replicates / 2:
+        raise UserError(f"law {design.law.formula}: more than half of the refits did not converge")
+    return batch.p[batch.converged]
+
+
+def bootstrap(solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None) -> Draws:
     """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent
-    would
-    leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is kept.
-    Without `recheck` only those that fail are redone."""
+    would leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is
+    kept."""
     layout, design = solution.layout, solution.layout.design
     rng = np.random.default_rng(seed)
     weights = cluster_weights(design.cluster if cluster is None else cluster, design.group, replicates, rng)
     weights *= design.weight
     batch = minimise(layout, np.repeat(solution.p[None], replicates, axis=0), weights=weights, damping=1e-4)
     first = float(batch.converged.mean())
-    sample = (rng.random(replicates) < RECHECK) & recheck
-    again = _could_leave_bound(layout, batch.p, weights) if recheck else np.zeros(replicates, bool)
-    redo = np.flatnonzero(~batch.converged | sample | again)
+    sample = rng.random(replicates) < RECHECK
+    redo = np.flatnonzero(~batch.converged | sample | _could_leave_bound(layout, batch.p, weights))
     p, converged = batch.p.copy(), batch.converged.copy()
     improved = 0
     if redo.size:

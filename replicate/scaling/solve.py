@@ -374,7 +374,9 @@ def _newton_step(
             todo = todo[~ok]
             if not len(todo):
                 break
-            damping[rows[todo]] = np.maximum(4 * damping[rows[todo]], 1e-3)
+            # Indefinite: past the most negative curvature, in units of the majorising one.
+            lowest = np.linalg.eigvalsh(base[todo])[:, 0]
+            damping[rows[todo]] = np.maximum(2 * damping[rows[todo]], 1e-3 - 1.2 * lowest)
         step[rows] = np.where(mask, solution * scale[rows], fixed[rows])
         target = p[rows] + step[rows]
         crossing = moving[rows] & ((target < lower[rows]) | (target > upper[rows]))
