@@ -1,6 +1,6 @@
 """The step's tensor work on fake accelerator tensors: a tensor left on the CPU raises. Run by test_device.py.
 
-    python tests/device_audit.py cuda|mockgpu made|transformer|retnet
+    python tests/device_audit.py cuda|mockgpu
 
 FakeTensorMode accepts device "cuda" in a CPU build, but autograd and Python's indexing ask the missing CUDA
 runtime for a device guard. So "cuda" audits everything without gradients, indexing routed to its operators,
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from chemistry import molecule, spec
-from networks import PARAMS
+from networks import KINDS, PARAMS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -104,21 +104,22 @@ def audit(run: Training, device: str, *, gradients: bool) -> str:
         return outcome.device.type
 
 
-def main(device: str, kind: str) -> None:
-    point = Point(
-        molecule=spec("LiH"),
-        ansatz=AnsatzSpec(kind=kind, params=PARAMS[kind]),
-        phase=PhaseSpec(width=8, depth=1),
-        steps=1,
-    )
+def main(device: str) -> None:
     gradients = device != "cuda"
     if gradients:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
         _setup_privateuseone_for_python_backend(device)
-    found = audit(train(point, molecule("LiH")), device, gradients=gradients)
-    assert found == device, found
-    sys.stdout.write(f"{kind}: every tensor of the step on {found}\n")
+    for kind in KINDS:
+        point = Point(
+            molecule=spec("LiH"),
+            ansatz=AnsatzSpec(kind=kind, params=PARAMS[kind]),
+            phase=PhaseSpec(width=8, depth=1),
+            steps=1,
+        )
+        found = audit(train(point, molecule("LiH")), device, gradients=gradients)
+        assert found == device, found
+        sys.stdout.write(f"{kind}: every tensor of the step on {found}\n")
 
 
 if __name__ == "__main__":
