@@ -9,6 +9,7 @@ bounds.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -357,12 +358,14 @@ def _newton_step(
     fixed = np.zeros_like(p)
     rows = np.arange(len(p))
     damping = damping.copy()
-    for _ in range(3):
+    for attempt in range(3):
         mask = moving[rows]
-        pair = mask[:, :, None] & mask[:, None, :]
-        right = g[rows] - np.matmul(h[rows], (fixed[rows] / scale[rows])[:, :, None])[:, :, 0]
-        right = np.where(mask, right, 0.0)
-        base = np.where(pair, h[rows], 0.0)
+        if attempt == 0:
+            right, base = g, h.copy()
+        else:
+            right = g[rows] - np.matmul(h[rows], (fixed[rows] / scale[rows])[:, :, None])[:, :, 0]
+            right = np.where(mask, right, 0.0)
+            base = np.where(mask[:, :, None] & mask[:, None, :], h[rows], 0.0)
         base[:, diagonal, diagonal] += ~mask
         solution = np.zeros_like(right)
         todo = np.arange(len(rows))
@@ -530,9 +533,9 @@ def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray) -
 # ---- starts --------------------------------------------------------------------------------------
 
 
-def _exponent_grid(layout: Layout) -> np.ndarray:
-    """(G, P + 1): coarse exponents and outer powers of the variable projection."""
-    count = layout.n_exponents
+@functools.lru_cache(maxsize=32)
+def _exponent_grid(count: int, power: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """(G, P + 1) coarse exponents and outer powers of the variable projection, and their ranks per column."""
     if count > 4:
         # Too many for a product: a fixed low-discrepancy set in log exponent.
         from scipy.stats import qmc
@@ -542,8 +545,10 @@ def _exponent_grid(layout: Layout) -> np.ndarray:
     else:
         cells = list(itertools.product(_EXPONENT_GRIDS.get(count, ()), repeat=count))
         grid = np.array(cells, float).reshape(len(cells), count)
-    powers = (0.1, 0.2, 0.4, 0.8) if layout.power is None else (layout.power,)
-    return np.concatenate([np.column_stack([grid, np.full(len(grid), q)]) for q in powers])
+    powers = (0.1, 0.2, 0.4, 0.8) if power is None else (power,)
+    grid = np.concatenate([np.column_stack([grid, np.full(len(grid), q)]) for q in powers])
+    ranks = np.stack([np.searchsorted(np.unique(col), col) for col in grid.T], axis=1)
+    return grid, ranks
 
 
 def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -558,7 +563,7 @@ def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.n
             a = gram[..., s, :][..., :, s].copy()
             i = np.arange(size)
             a[..., i, i] += ridge[..., s] + 1e-300
-            c = np.linalg.solve(a, right[..., s, None])[..., 0]
+            c = right[..., s] / a[..., 0] if size == 1 else np.linalg.solve(a, right[..., s, None])[..., 0]
             gain = np.einsum("...k,...k->...", c, right[..., s])
             better = np.all(c >= 0, axis=-1) & (gain > best)
             best = np.where(better, gain, best)
@@ -574,7 +579,7 @@ def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> 
     move."""
     design = layout.design
     weights = np.atleast_2d(design.weight if weights is None else weights)
-    grid = _exponent_grid(layout)
+    grid, cells = _exponent_grid(layout.n_exponents, layout.power)
     value = np.maximum(np.abs(design.value), 1e-12)
     intercept = _rough_intercepts(layout, np.log(value), design.weight)
     free_value = value * np.exp(-intercept @ layout.contrasts) if len(intercept) else value
@@ -591,7 +596,6 @@ def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> 
     # Residuals are relative in L**(1/q): multiplied by q they are log residuals to first order.
     loss = np.maximum(total - gain, 0.0) * grid[:, -1] ** 2
 
-    cells = np.stack([np.searchsorted(np.unique(col), col) for col in grid.T], axis=1)
     out = np.zeros((len(weights), keep, layout.size))
     for r in range(len(weights)):
         penalised = loss[r].copy()
@@ -610,8 +614,11 @@ def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> 
     if layout.objective.has_scale:
         flat = out.reshape(-1, layout.size)
         residual = np.abs(np.log(value) - layout.model(flat)).reshape(len(weights), keep, -1)
-        inside = np.where(weights[:, None, :] > 0, residual, np.nan)
-        out[..., -1] = np.log(np.maximum(1.2 * np.nanmedian(inside, axis=2), 1e-3))
+        if np.all(weights > 0):
+            middle = np.median(residual, axis=2)
+        else:
+            middle = np.nanmedian(np.where(weights[:, None, :] > 0, residual, np.nan), axis=2)
+        out[..., -1] = np.log(np.maximum(1.2 * middle, 1e-3))
     return out
 
 
