@@ -1,5 +1,5 @@
-"""Imports every module that registers a figure or a table; the order of imports is the order within a
-section."""
+"""Imports every module that registers a figure or a table; the order of imports is the order
+within a section."""
 
 from __future__ import annotations
 

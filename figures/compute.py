@@ -1,10 +1,9 @@
 """Compute-optimal allocation: IsoFLOP curves, N*, D'*, T* against the budget, and the exponent of D'* ~ N*^k.
 
-The cost of a run is C = |S| D' kappa(N). kappa is the one that the fit file stores for `allocate` (a
-posynomial in N);
-without it, a power law c N^e fitted to the recorded FLOPs over |S| D' of the molecule's runs. The optimum of
-A1 N^-a1 + A2 D'^-a2 at fixed C obeys a1 A1 N^-a1 / eps(N) = a2 A2 D'^-a2, eps = dln kappa/dln N (SCIENCE
-section 7).
+The cost of a run is C = |S| D' kappa(N). kappa is the one that the fit file stores for
+`allocate` (a posynomial in N); without it, a power law c N^e fitted to the recorded FLOPs over
+|S| D' of the molecule's runs. The optimum of A1 N^-a1 + A2 D'^-a2 at fixed C obeys a1 A1 N^-a1
+/ eps(N) = a2 A2 D'^-a2, eps = dln kappa/dln N (SCIENCE section 7).
 """
 
 from __future__ import annotations
@@ -112,8 +111,8 @@ def reference_molecule(study: StudyData, points: Points) -> str:
 
 
 def optimum(law: LawFit, cost: Cost, budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N*, D'*) for each budget: arrays (1 + B, budgets), estimate first; NaN where a term is absent in a
-    draw.
+    """(N*, D'*) for each budget: arrays (1 + B, budgets), estimate first; NaN where a term is
+    absent in a draw.
 
     Newton's method in ln N on the first-order condition, which is monotone, kept inside a bracket.
     """
@@ -139,8 +138,8 @@ def optimum(law: LawFit, cost: Cost, budget: np.ndarray) -> tuple[np.ndarray, np
 
 
 def interior(study: StudyData, kind: str, metric: str) -> LawFit:
-    """The law, if the fit identified an interior optimum for it; MissingData otherwise, with the fit's
-    reason."""
+    """The law, if the fit identified an interior optimum for it; MissingData otherwise, with
+    the fit's reason."""
     law = usable(study.fits, kind, metric)
     entry = study.fits.section("allocation", kind, metric) if study.fits is not None else None
     if entry is not None and entry.get("status") != "ok":
@@ -189,8 +188,8 @@ def _cases(study: StudyData, notes: list[str]) -> list[tuple[str, str, LawFit, C
     needs=("final", "fit", "molecule"),
 )
 def isoflop(study: StudyData) -> Plot:
-    """L along curves of equal estimated FLOPs against N, with the optimum and its interval, per ansatz and
-    metric."""
+    """L along curves of equal estimated FLOPs against N, with the optimum and its interval, per
+    ansatz and metric."""
     notes: list[str] = []
     cases = _cases(study, notes)
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in cases))

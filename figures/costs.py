@@ -33,8 +33,8 @@ def group_of(part: str) -> str:
 
 
 def leading_order_shares(kind: str, n: float, flips: float, rho: np.ndarray) -> dict[str, np.ndarray]:
-    """Shares of a step by the study's accounting at leading order in N (SCIENCE section 7; attention terms
-    left out).
+    """Shares of a step by the study's accounting at leading order in N (SCIENCE section 7;
+    attention terms left out).
 
     `rho` = N_mod/N, shape (runs,). Raises KeyError for an ansatz without a closed form.
     """
@@ -53,8 +53,8 @@ def leading_order_shares(kind: str, n: float, flips: float, rho: np.ndarray) -> 
 def recorded_shares(
     study: StudyData, rows: Points, family: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
-    """Shares by group from the parts that the cube stores for the rows: ({group: (rows,)}, rows kept), or
-    None."""
+    """Shares by group from the parts that the cube stores for the rows: ({group: (rows,)}, rows
+    kept), or None."""
     parts = study.parts(family)
     if not parts:
         return None

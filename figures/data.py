@@ -1,5 +1,5 @@
-"""The cube as the figures see it: one row per run, histories by row, molecules by name. Only this module
-opens files.
+"""The cube as the figures see it: one row per run, histories by row, molecules by name. Only
+this module opens files.
 
 `load_study(cube, fit)` returns a `StudyData`; everything drawn or tabulated is computed from it alone.
 """
@@ -231,8 +231,8 @@ class StudyData:
         }
 
     def exclusions(self, drawn: int | None = None) -> str:
-        """One phrase for captions: runs drawn (default: all headline runs) and what is not, of the main
-        variant."""
+        """One phrase for captions: runs drawn (default: all headline runs) and what is not, of
+        the main variant."""
         states = self.counts(self.main_variant)
         total = len(self.headline)
         shown = f"{total} runs" if drawn is None or drawn == total else f"{drawn} of {total} runs"

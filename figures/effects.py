@@ -29,8 +29,8 @@ _RESAMPLES = 2000
     needs=("fit",),
 )
 def elasticities(study: StudyData) -> Plot:
-    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, joint (large) and per molecule
-    (small)."""
+    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, joint (large) and
+    per molecule (small)."""
     fits = study.need_fits()
     metrics = [m for m in METRICS if any(law.metric == m and law.law == ADDITIVE for law in fits.laws)]
     kinds = list(dict.fromkeys(law.ansatz for law in fits.laws if law.law == ADDITIVE))

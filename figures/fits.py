@@ -118,8 +118,8 @@ class LawFit:
         }
 
     def elasticities(self, n: float, d: float) -> tuple[np.ndarray, np.ndarray]:
-        """(-dlnL/dlnN, -dlnL/dlnD') at (n, d), each (1 + B,): the estimate first. A term with amplitude 0
-        gives 0."""
+        """(-dlnL/dlnN, -dlnL/dlnD') at (n, d), each (1 + B,): the estimate first. A term with
+        amplitude 0 gives 0."""
         columns = self.stacked()
         floor, size, time = _terms(columns, n, d)
         total = floor + size + time
@@ -210,8 +210,8 @@ class Fits:
 
 
 def load_fits(path: Path, error: type[Exception]) -> Fits:
-    """Read fit.json (or fit.nc: its neighbour is taken) and the draws beside it. Raises `error` with one
-    line."""
+    """Read fit.json (or fit.nc: its neighbour is taken) and the draws beside it. Raises `error`
+    with one line."""
     path = path.with_suffix(".json") if path.suffix == ".nc" else path
     if not path.is_file():
         raise error(f"{path}: no such file (make it with: python -m replicate fit CUBE)")

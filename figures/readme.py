@@ -1,8 +1,7 @@
 """Rewrites the marked sections of a README from the data, so that no number in it is typed.
 
 A section is `<!-- figures:NAME -->` ... `<!-- /figures:NAME -->`; NAME is one of `SECTIONS`. Text outside
-the markers is
-left alone; a marker whose name is unknown or that is not closed is an error.
+the markers is left alone; a marker whose name is unknown or that is not closed is an error.
 """
 
 from __future__ import annotations

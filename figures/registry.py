@@ -60,8 +60,8 @@ Cell = str | int | float | bool | Quantity | None
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, plain between 1e-3 and 1e5, else scientific; true minus
-    sign."""
+    """`value` with `digits` significant digits, plain between 1e-3 and 1e5, else scientific;
+    true minus sign."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -93,8 +93,8 @@ def plain(cell: Cell, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `key` names it in the CSV file, `label` heads it for readers; `digits` significant
-    digits shown."""
+    """One column: `key` names it in the CSV file, `label` heads it for readers; `digits`
+    significant digits shown."""
 
     key: str
     label: str
@@ -105,8 +105,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells by column key. In CSV a `Quantity` spreads over `key`, `key_low`, `key_high` at full
-    precision."""
+    """Rows of cells by column key. In CSV a `Quantity` spreads over `key`, `key_low`,
+    `key_high` at full precision."""
 
     columns: tuple[Column, ...]
     rows: tuple[Mapping[str, Cell], ...]
@@ -205,8 +205,8 @@ Builder = Callable[["StudyData"], "Plot | Sheet"]
 
 @dataclass(frozen=True)
 class Artefact:
-    """A registered figure or table. `needs`: the parts of the data it reads ("final", "history",
-    "molecule", "fit")."""
+    """A registered figure or table. `needs`: the parts of the data it reads ("final",
+    "history", "molecule", "fit")."""
 
     name: str
     title: str

@@ -1,5 +1,5 @@
-"""Build every artefact and write it: each figure in each format with its data as CSV, each table as CSV
-and Markdown.
+"""Build every artefact and write it: each figure in each format with its data as CSV, each
+table as CSV and Markdown.
 
 A second run on the same input writes the same bytes: no dates, fixed hash salt, fixed order.
 """

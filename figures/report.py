@@ -92,8 +92,8 @@ def _entry(product: Product) -> dict[str, Any]:
 
 
 def _ids(ids: Cell) -> str:
-    """Point ids for a data attribute; a long list stays in the CSV (the page would weigh more than the
-    cube)."""
+    """Point ids for a data attribute; a long list stays in the CSV (the page would weigh more
+    than the cube)."""
     return str(ids) if ids and len(str(ids).split()) <= 32 else ""
 
 
@@ -112,8 +112,8 @@ def _cell(cell: Cell, key: str, digits: int) -> dict[str, Any]:
 def inline_svg(svg: str, name: str, title: str, alt: str) -> str:
     """A figure file made fit for the page: no prolog, unique ids, theme colours, a name and a description.
 
-    `name` prefixes every id, because two figures share glyph and clip ids and an HTML page may hold each
-    only once.
+    `name` prefixes every id, because two figures share glyph and clip ids and an HTML page may
+    hold each only once.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

@@ -30,8 +30,8 @@ def drawable(rows: Points, metric: str) -> Points:
 
 
 def held_levels(rows: Points, x: str) -> list[object]:
-    """Values of the held variable drawn for one ansatz: lowest, middle, highest T, or sizes ranked by mean
-    N."""
+    """Values of the held variable drawn for one ansatz: lowest, middle, highest T, or sizes
+    ranked by mean N."""
     if x == "n_total":
         values: list[object] = list(rows.unique("steps"))
     else:
@@ -89,8 +89,8 @@ def _markers(
 
 
 def _along(part: Points, x: str, at: np.ndarray) -> np.ndarray:
-    """The other variable along the drawn one: log-interpolated geometric means of the runs (S_F varies
-    with N)."""
+    """The other variable along the drawn one: log-interpolated geometric means of the runs (S_F
+    varies with N)."""
     groups: dict[object, list[int]] = {}
     for i, key in enumerate(part["size" if x == "n_total" else "steps"].tolist()):
         groups.setdefault(key, []).append(i)

@@ -18,8 +18,8 @@ _REFERENCES = (("e_hf", "HF", (0, (1, 1))), ("e_ccsd", "CCSD", (0, (3, 1.5))), (
 
 
 def showcase(study: StudyData) -> Points:
-    """The runs whose training is shown: per molecule and ansatz the largest T, then the largest size, all
-    seeds."""
+    """The runs whose training is shown: per molecule and ansatz the largest T, then the largest
+    size, all seeds."""
     keep = np.zeros(len(study.headline), bool)
     points = study.headline
     for molecule in points.unique("molecule"):
@@ -310,8 +310,8 @@ def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) 
     needs=("final", "molecule"),
 )
 def energy_levels(study: StudyData) -> Plot:
-    """|E - E_FCI| of every finished headline run, by molecule and ansatz, beside the distances of HF,
-    CCSD, CCSD(T)."""
+    """|E - E_FCI| of every finished headline run, by molecule and ansatz, beside the distances
+    of HF, CCSD, CCSD(T)."""
     points = study.need_headline()
     kinds = points.unique("ansatz")
     molecules = [

@@ -1,5 +1,5 @@
-"""Verdicts on the study's claims and open questions (SCIENCE section 9): statistics, stated rules, no
-typed result.
+"""Verdicts on the study's claims and open questions (SCIENCE section 9): statistics, stated
+rules, no typed result.
 
 Every rule maps a statistic with its 95 % interval to one of four words: "supported", "not supported",
 "undecided"
@@ -98,8 +98,7 @@ def _ids(study: StudyData, laws: Sequence[LawFit]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for law in laws for i in study.ids_of(law)))
 
 
-# -- claim 1
-# -------------------------------------------------------------------------------------------------------
+# -- claim 1 ------------------------------------------------------------------------------------------------
 
 
 def _size_over_time(kind: str, sign: float) -> Callable[[StudyData], Finding]:
@@ -112,8 +111,7 @@ def _size_over_time(kind: str, sign: float) -> Callable[[StudyData], Finding]:
     return measure
 
 
-# -- claim 2
-# -------------------------------------------------------------------------------------------------------
+# -- claim 2 ------------------------------------------------------------------------------------------------
 
 
 def _similar(study: StudyData) -> Finding:
@@ -134,8 +132,7 @@ def _similar(study: StudyData) -> Finding:
     return Finding(worst, verdict, _law_data(laws), _ids(study, laws))
 
 
-# -- claim 3
-# -------------------------------------------------------------------------------------------------------
+# -- claim 3 ------------------------------------------------------------------------------------------------
 
 
 def _not_linear(kind: str, metric: str) -> Callable[[StudyData], Finding]:
@@ -197,8 +194,7 @@ def _by_metric(kind: str) -> Callable[[StudyData], Finding]:
     return measure
 
 
-# -- claim 4
-# -------------------------------------------------------------------------------------------------------
+# -- claim 4 ------------------------------------------------------------------------------------------------
 
 
 def _local_share(how: str) -> Callable[[StudyData], Finding]:
@@ -223,8 +219,7 @@ def _local_share(how: str) -> Callable[[StudyData], Finding]:
     return measure
 
 
-# -- open questions and next checks
-# ----------------------------------------------------------------------------------
+# -- open questions and next checks -------------------------------------------------------------------------
 
 
 def _modulus_phase(kind: str) -> Callable[[StudyData], Finding]:
@@ -258,8 +253,8 @@ def _variants(study: StudyData, wanted: Callable[[str, object], bool], what: str
 def _unchanged(
     wanted: Callable[[str, object], bool], what: str, rule: Callable[[Quantity], str], every: bool
 ) -> Callable[[StudyData], Finding]:
-    """The V-score ratio of the most different matching variant; `every`: all must satisfy the rule, else
-    one."""
+    """The V-score ratio of the most different matching variant; `every`: all must satisfy the
+    rule, else one."""
 
     def measure(study: StudyData) -> Finding:
         pairs = [pair_variant(study, name, "v_score") for name in _variants(study, wanted, what)]

@@ -5,9 +5,9 @@ unique samples costs one sampling pass, M forward passes of both networks for it
 forward-like passes for its gradient (one forward, two backward); nothing is reused. `attention=False` leaves
 Kaplan's count, from parameters alone. These closed forms take arrays for n and M, too.
 
-Executed: the matrix products of the kernels that ran, from the counts of nodes and determinants that they
-ran on (a multiply-add is 2, as in torch's FlopCounterMode). Nothing heavy is imported: `plan` uses this
-module.
+Executed: the matrix products of the kernels that ran, from the counts of nodes and determinants
+that they ran on (a multiply-add is 2, as in torch's FlopCounterMode). Nothing heavy is
+imported: `plan` uses this module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Connected determinants and matrix elements of a batch, in integer masks and small GEMMs (torch, any
-device).
- For a flip pattern of an excitation the strings differ on the flipped qubits only, up to one common
+"""Connected determinants and matrix elements of a batch: integer masks and small GEMMs in torch.
+
+For a flip pattern of an excitation the strings differ on the flipped qubits only, up to one common
 Jordan-Wigner string: h_m(x) = (-1)^popcount(x & outer_m) table_m[local bits of x], with `local` the (at most
 four) flipped bits. Patterns of two flipped qubits (single excitations) have one more factor, linear in the
 occupations of all the others. Both the local bits and the parity of a whole batch against all patterns are
@@ -55,8 +55,8 @@ class Connected:
 
 @dataclass(frozen=True)
 class Elements:
-    """Matrix elements between the determinants of one set: row and column int64 (P,), value float64 (P,),
-    Hartree.
+    """Matrix elements between the determinants of one set: row and column int64 (P,), value
+    float64 (P,), Hartree.
 
     Both triangles and the whole diagonal, each element once, in no particular but a fixed order.
     """

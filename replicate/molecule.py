@@ -50,8 +50,8 @@ _ENERGIES = {"hf": "e_hf", "ccsd": "e_ccsd", "ccsd_t": "e_ccsd_t", "fci": "e_fci
 
 @dataclass(frozen=True)
 class Integrals:
-    """Real integrals over orthonormal orbitals, Hartree: h1 (T, T), eri (T, T, T, T) in chemists' order
-    (pq|rs)."""
+    """Real integrals over orthonormal orbitals, Hartree: h1 (T, T), eri (T, T, T, T) in
+    chemists' order (pq|rs)."""
 
     constant: float
     h1: NDArray[np.float64]
@@ -60,12 +60,12 @@ class Integrals:
 
 @dataclass(frozen=True)
 class Molecule:
-    """Everything the replication knows of a molecule. Energies: total, Hartree; None where neither computed
-    nor given.
+    """Everything the replication knows of a molecule. Energies: total, Hartree; None where
+    neither computed nor given.
 
-    `energy_sources`: for each of hf, ccsd, ccsd_t, fci "computed", "reference" (the molecule table's
-    published value: out of reach here) or "none". `geometry`: (symbol, x, y, z) in `unit`; empty for an
-    FCIDUMP.
+    `energy_sources`: for each of hf, ccsd, ccsd_t, fci "computed", "reference" (the molecule
+    table's published value: out of reach here) or "none". `geometry`: (symbol, x, y, z) in
+    `unit`; empty for an FCIDUMP.
     """
 
     name: str

@@ -196,8 +196,8 @@ def _symmetrised(eri: Floats) -> Floats:
 def _strings(
     creators: tuple[Ints, ...], annihilators: tuple[Ints, ...], coefficient: Floats
 ) -> tuple[Ints, Ints, Floats]:
-    """Strings of c (a+_p a+_q a_s a_r + h.c.), of c n_p n_q where both pairs are equal; likewise for single
-    indices.
+    """Strings of c (a+_p a+_q a_s a_r + h.c.), of c n_p n_q where both pairs are equal;
+    likewise for single indices.
 
     `creators` = (p, q), `annihilators` = (r, s), ascending, one array entry per term. The operator leaves p,
     q filled and what it emptied empty: a product of projectors (1 -+ Z)/2 on the bra, one Z subset per

@@ -45,8 +45,8 @@ def estimated_parts(
 ) -> dict[str, float]:
     """The study's FLOP estimate for `samples` unique samples (summed over steps), in named parts and "total".
 
-    `attention=False`: from parameters alone. Raises KeyError for an ansatz from outside, which has no closed
-    form.
+    `attention=False`: from parameters alone. Raises KeyError for an ansatz from outside, which
+    has no closed form.
     """
     per_sample = flops.estimate_sample(
         point.ansatz.kind,

@@ -29,9 +29,9 @@ FCI_LIMIT = 1_100_000
 feasible)."""
 
 DEGENERATE = 1e-8
-"""Hartree: orbitals closer than this are one degenerate block. Rounding splits a block by 1e-14; the
-four-decimal coordinates of PH3 or CH4 split theirs by 1e-7 to 1e-5, which is physical: those orbitals are
-determined."""
+"""Hartree: orbitals closer than this are one degenerate block. Rounding splits a block by
+1e-14; the four-decimal coordinates of PH3 or CH4 split theirs by 1e-7 to 1e-5, which is
+physical: those orbitals are determined."""
 
 # PySCF's handler of a singular extrapolation (a broken bond) names numpy.linalg.linalg, which numpy 2.4 has
 # not
@@ -112,8 +112,8 @@ def _build(problem: dict[str, Any]) -> Any:
 
 
 def _from_fcidump(problem: dict[str, Any]) -> tuple[Any, float, Floats, Floats]:
-    """Mean field on integrals that are kept as they are: the file's orbitals stay the orbitals of the
-    Hamiltonian."""
+    """Mean field on integrals that are kept as they are: the file's orbitals stay the orbitals
+    of the Hamiltonian."""
     from pyscf import ao2mo, gto, scf
 
     dump = read_fcidump(problem["fcidump"])
@@ -139,8 +139,8 @@ def _from_fcidump(problem: dict[str, Any]) -> tuple[Any, float, Floats, Floats]:
 def _converge(mf: Any, start: Floats | None, name: str) -> None:
     """Converge to a gradient of 1e-9, second order if DIIS does not get there.
 
-    Symmetry zeros of the integrals are then clean to about 1e-10, well below the threshold of the Pauli
-    strings.
+    Symmetry zeros of the integrals are then clean to about 1e-10, well below the threshold of
+    the Pauli strings.
     """
     mf.conv_tol, mf.conv_tol_grad, mf.max_cycle = 1e-12, 1e-9, 200
     with contextlib.suppress(*_SINGULAR_DIIS):
@@ -158,8 +158,8 @@ def _converge(mf: Any, start: Floats | None, name: str) -> None:
 
 
 def canonical_orbitals(mf: Any, degenerate: str) -> tuple[Floats, Floats]:
-    """Orbitals that diagonalise the Fock matrix within the doubly, singly and un-occupied spaces, made
-    unique.
+    """Orbitals that diagonalise the Fock matrix within the doubly, singly and un-occupied
+    spaces, made unique.
 
     Returns coefficients (AO, MO) and orbital energies (MO,), Hartree. ROHF: Roothaan's effective Fock matrix.
     Non-degenerate orbitals: the largest component in the symmetrically orthogonalised AO basis is positive.
@@ -182,14 +182,14 @@ def canonical_orbitals(mf: Any, degenerate: str) -> tuple[Floats, Floats]:
 
 
 def _orient(block: Floats, degenerate: str) -> Floats:
-    """A basis of the span of `block` (orthonormal columns, AO x k) that does not depend on the basis it came
-    in.
+    """A basis of the span of `block` (orthonormal columns, AO x k) that does not depend on the
+    basis it came in.
 
-    The orbitals are the projections of fixed directions onto the span, one after the other. "aligned": of the
-    AOs the one with the largest projection, so that all pi pairs of a linear molecule share their axes (the
-    fewest Pauli strings). "generic": fixed irrational directions, so that each block has an orientation of
-    its own: what a diagonaliser without symmetry returns, as in the study's code lineage, but the same every
-    time.
+    The orbitals are the projections of fixed directions onto the span, one after the other.
+    "aligned": of the AOs the one with the largest projection, so that all pi pairs of a linear
+    molecule share their axes (the fewest Pauli strings). "generic": fixed irrational
+    directions, so that each block has an orientation of its own: what a diagonaliser without
+    symmetry returns, as in the study's code lineage, but the same every time.
     """
     span, size = block @ block.T, block.shape[1]
     index = np.arange(1.0, len(span) + 1.0)
@@ -278,8 +278,8 @@ def _one_line(error: Exception) -> str:
 
 
 def main() -> int:
-    """Read a problem from stdin, write its result to the file that it names; 2 and the problems on bad
-    input."""
+    """Read a problem from stdin, write its result to the file that it names; 2 and the problems
+    on bad input."""
     problem = json.load(sys.stdin)
     import pyscf
 

@@ -104,9 +104,9 @@ class PrefixTree:
 def build_tree(keys: Tensor, sector: Sector, feasible: FeasibleTokens | None = None) -> PrefixTree:
     """The prefix tree of `keys`: int64 (batch,), ascending, distinct, all inside `sector`.
 
-    Row i of the (batch, T) work arrays is determinant i, column t the prefix of its first t tokens; a prefix
-    is new where a token differs from the row above, so row-major order of the new ones is depth-first
-    pre-order.
+    Row i of the (batch, T) work arrays is determinant i, column t the prefix of its first t
+    tokens; a prefix is new where a token differs from the row above, so row-major order of the
+    new ones is depth-first pre-order.
     """
     if feasible is None:
         feasible = FeasibleTokens(sector, keys.device)

@@ -59,8 +59,8 @@ class Modulus(Protocol):
 def log_conditionals(logits: Tensor, mask: Tensor) -> Tensor:
     """log p of each outcome with infeasible ones excluded: (..., 4) logits, bool mask -> float64 (..., 4).
 
-    In float64 whatever the network's precision: the sum of p over the sector is then 1 to rounding of
-    float64.
+    In float64 whatever the network's precision: the sum of p over the sector is then 1 to
+    rounding of float64.
     """
     return logits.to(torch.float64).masked_fill(~mask, -torch.inf).log_softmax(-1)
 

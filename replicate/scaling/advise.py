@@ -187,10 +187,9 @@ def register_arms(
     n: float,
     fraction: float,
 ) -> dict[str, Any]:
-    """The test of the prediction, to be registered before anything is trained (FIT section 7): arms N*/f,
-    N*, N* f
-    on one IsoFLOP curve, what is predicted for each, and the seeds that the neighbours need to be told
-    apart."""
+    """The test of the prediction, to be registered before anything is trained (FIT section 7):
+    arms N*/f, N*, N* f on one IsoFLOP curve, what is predicted for each, and the seeds that the
+    neighbours need to be told apart."""
     p, factor = entry["parameters"], float(args.arms)
     if not factor > 1 or not math.isfinite(factor):
         raise UserError(f"--arms {args.arms:g}: the factor must be above 1 (4 to 16 are sensible)")
@@ -385,8 +384,8 @@ def _network(kind: str, params: Mapping[str, Any], width: int, depth: int, n_qub
 
 
 def feasible_networks(spec: Mapping[str, Any], ansatz: str, n_qubits: int) -> list[Network]:
-    """Networks with whole widths between the study's sizes, widths interpolated in log, d divided by
-    heads."""
+    """Networks with whole widths between the study's sizes, widths interpolated in log, d
+    divided by heads."""
     kind, sizes = _kind(spec, ansatz), _sizes(spec, ansatz, n_qubits)
     found: dict[int, Network] = {net.n_total: net for net in sizes}
     for low, high in itertools.pairwise(sizes):

@@ -182,8 +182,8 @@ def modulus_phase_optimum(
 ) -> tuple[float, float, float]:  # fmt: skip
     """ln N_mod*, ln N_ph*, ln D'* for A1 M^-a1 + A3 P^-a3 + A2 D^-a2 on C = |S| D (k_modulus M + k_phase P).
 
-    A geometric program: with D eliminated the objective is convex in (ln M, ln P), so Newton finds the
-    minimum.
+    A geometric program: with D eliminated the objective is convex in (ln M, ln P), so Newton
+    finds the minimum.
     """
     if min(A1, a1, A3, a3, A2, a2) <= 0:
         raise UserError(f"{NO_OPTIMUM}: every amplitude and exponent of the law must be positive")

@@ -1,5 +1,4 @@
-"""`fit` and `allocate`: arguments, files, messages. Only the standard library is imported before a command
-runs.
+"""`fit` and `allocate`: arguments, files, messages. Nothing heavy is imported before a command runs.
 
 fit CUBE writes fit.json, fit.nc and report.md beside the cube (or in --out), each atomically. In fit.json:
 
@@ -8,13 +7,11 @@ fit CUBE writes fit.json, fit.nc and report.md beside the cube (or in --out), ea
     refused     what could not be fitted, with the reason
     selection, sensitivity, allocation, hold_out    one object per (ansatz, metric)
 
-Parameters are in raw units, L = exp(intercept of the molecule) * law(parameters); what does not exist is
-null.
+Parameters are in raw units, L = exp(intercept of the molecule) * law(parameters); null: does not exist.
 fit.nc has one group /ansatz/metric/scope/law per fit with draws (replicate, parameter), estimate, residual,
 fitted, observed and the labels and variables of the points.
 
-fit --csv writes one JSON object: parameters, objective, certificate, standard_errors, intervals, n_points,
-...
+fit --csv writes one JSON object: parameters, objective, certificate, standard_errors, intervals and more.
 """
 
 from __future__ import annotations

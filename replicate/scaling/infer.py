@@ -57,8 +57,8 @@ class Draws:
 def cluster_weights(
     cluster: np.ndarray, stratum: np.ndarray, replicates: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so none is ever
-    lost.
+    """(B, n) multinomial counts of whole clusters, drawn within each stratum (molecule), so
+    none is ever lost.
 
     Clusters that reach over several strata are drawn among those that reach over the same ones.
     """
@@ -88,9 +88,9 @@ def sketch(solution: Solution, replicates: int, seed: int) -> np.ndarray:
 
 
 def bootstrap(solution: Solution, replicates: int, seed: int, *, cluster: np.ndarray | None = None) -> Draws:
-    """Refits under resampled clusters, warm-started; those that fail, sit at a bound that another exponent
-    would leave, or fall in a random 2 % are redone from variable-projection starts, and the better optimum is
-    kept."""
+    """Refits under resampled clusters, warm-started; those that fail, sit at a bound that
+    another exponent would leave, or fall in a random 2 % are redone from variable-projection
+    starts, and the better optimum is kept."""
     layout, design = solution.layout, solution.layout.design
     rng = np.random.default_rng(seed)
     weights = cluster_weights(design.cluster if cluster is None else cluster, design.group, replicates, rng)
@@ -274,8 +274,8 @@ def sandwich_intervals(
 
 
 def percentile_intervals(draws: Draws, level: float = LEVEL) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals of the raw parameters; None where more than a tail of the draws does not define
-    it."""
+    """Percentile intervals of the raw parameters; None where more than a tail of the draws does
+    not define it."""
     tail = 100 * (1 - level) / 2
     out: dict[str, tuple[float, float] | None] = {}
     for name, values in draws.raw.items():
@@ -347,8 +347,8 @@ def profile_intervals(
 
 
 def _crossing(centre: float, values: np.ndarray, root: np.ndarray, cut: float, side: float) -> float:
-    """Where the signed root of the profile, interpolated linearly from the optimum outwards, reaches the
-    cut."""
+    """Where the signed root of the profile, interpolated linearly from the optimum outwards,
+    reaches the cut."""
     xs, ys = np.concatenate([[centre], values]), np.concatenate([[0.0], root])
     above = np.flatnonzero(ys >= cut)
     if not above.size:
@@ -419,8 +419,8 @@ def _score_ratio(null: Solution) -> float:
     noise
     model), over the design effect of the clusters on the score along the floor (1 for independent points).
 
-    Not the information at the null itself: along the floor it is far from constant, and falls where the
-    ratio rises.
+    Not the information at the null itself: along the floor it is far from constant, and falls
+    where the ratio rises.
     """
     layout, design = null.layout, null.layout.design
     m, _, _, log_f = jacobian(layout, null.p[None])
@@ -614,8 +614,8 @@ def design_condition(design: Design) -> float:
 
 
 def _reference_exponents(law: Law) -> np.ndarray:
-    """0.3, 0.4, ... and 0.5 more for every earlier exponent of the same variable, which is meant to
-    differ."""
+    """0.3, 0.4, ... and 0.5 more for every earlier exponent of the same variable, which is
+    meant to differ."""
     uses: dict[str, list[str]] = {}
     out = []
     for i, name in enumerate(law.exponents):

@@ -307,8 +307,8 @@ def make_design(
     signed: bool = False,
     runs_per_parameter: float = 1.0,
 ) -> Design:
-    """Centre and check a table (n rows, raw units). Raises UserError for what cannot be fitted, with the
-    numbers."""
+    """Centre and check a table (n rows, raw units). Raises UserError for what cannot be fitted,
+    with the numbers."""
     value = np.asarray(value, float)
     n = value.size
     problems = []

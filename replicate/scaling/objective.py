@@ -27,8 +27,8 @@ SCALE_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Objective:
-    """`kind`: t | huber | lad | l2-log | l2-raw | asinh; `nu` for t and asinh, `delta` for huber (log
-    units)."""
+    """`kind`: t | huber | lad | l2-log | l2-raw | asinh; `nu` for t and asinh, `delta` for
+    huber (log units)."""
 
     kind: str
     nu: float = 4.0
@@ -74,8 +74,8 @@ def parse_objective(text: str) -> Objective:
 
 @dataclass(frozen=True)
 class Loss:
-    """Arrays (R, n): value, first and second derivative in m, majorising curvature; and those in tau = log
-    sigma.
+    """Arrays (R, n): value, first and second derivative in m, majorising curvature; and those
+    in tau = log sigma.
 
     The tau arrays are None where the objective has no scale.
     """
@@ -99,8 +99,8 @@ def observed(objective: Objective, design: Design) -> np.ndarray:
 
 
 def asinh_width(design: Design) -> np.ndarray:
-    """(n,) where the additive noise takes over: at least 1e-9 of the median, so that exact points stay
-    logs."""
+    """(n,) where the additive noise takes over: at least 1e-9 of the median, so that exact
+    points stay logs."""
     return np.maximum(design.noise, 1e-9)
 
 
@@ -178,8 +178,8 @@ def _censor(
     a1: np.ndarray | float,
     a2: np.ndarray | float,
 ) -> None:
-    """Overwrite the points known only to lie below z: -log F((z - a) / sigma), or a one-sided loss without a
-    scale."""
+    """Overwrite the points known only to lie below z: -log F((z - a) / sigma), or a one-sided
+    loss without a scale."""
     at = np.flatnonzero(design.censored)
     if not objective.has_scale:
         below = r[:, at] > 0
@@ -211,9 +211,9 @@ def _censor(
 
 
 def reported_value(objective: Objective, design: Design, total: float) -> float:
-    """The objective as the user knows it, from the solver's sum: full negative log-likelihood of L in log
-    units (t, asinh), sum of huber(r) or |r| (huber, lad), sum of squares of log residuals or of raw residuals
-    (l2-*)."""
+    """The objective as the user knows it, from the solver's sum: full negative log-likelihood
+    of L in log units (t, asinh), sum of huber(r) or |r| (huber, lad), sum of squares of log
+    residuals or of raw residuals (l2-*)."""
     if objective.has_scale:
         nu = objective.nu
         constant = special.gammaln(nu / 2) - special.gammaln((nu + 1) / 2) + 0.5 * math.log(nu * math.pi)

@@ -1,5 +1,5 @@
-"""Which law? Candidates scored by prediction of what was left out, information criteria, residual tests (FIT
-section 5)."""
+"""Which law? Candidates scored by prediction of what was left out, information criteria,
+residual tests (FIT section 5)."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def folds(rows: Rows, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 def selection(
     rows: Rows, mask: np.ndarray, metric: str, objective: Objective, seed: int
 ) -> list[dict[str, object]]:
-    """One row per candidate, best predictive CRPS first (mean over the three kinds of fold), AICc and BIC
-    beside it."""
+    """One row per candidate, best predictive CRPS first (mean over the three kinds of fold),
+    AICc and BIC beside it."""
     out: list[dict[str, object]] = []
     for name in CANDIDATES:
         law = LAWS[name]

@@ -1,10 +1,10 @@
 """Fits of a posynomial law: variable-projection starts, then a batched projected Newton method with
 certificates.
 
-Parameters of one fit, in this order: c (K) amplitudes at the geometric means in units of the median, >= 0;
-theta (P) exponents; q the outer power if it is free; beta (G - 1) contrasts of the group intercepts;
-tau = log scale if the objective has one. A batch of R fits shares the table and differs in weights, data or
-bounds.
+Parameters of one fit, in this order: c (K) amplitudes at the geometric means in units of the
+median, >= 0; theta (P) exponents; q the outer power if it is free; beta (G - 1) contrasts of
+the group intercepts; tau = log scale if the objective has one. A batch of R fits shares the
+table and differs in weights, data or bounds.
 """
 
 from __future__ import annotations
@@ -574,9 +574,9 @@ def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> np.ndarray:
-    """(R, keep, size) variable-projection starts for weights (R, n): a grid of exponents, relative residuals,
-    non-negative amplitudes in closed form; distinct grid cells; zeros lifted to 1e-3 so that each term can
-    move."""
+    """(R, keep, size) variable-projection starts for weights (R, n): a grid of exponents,
+    relative residuals, non-negative amplitudes in closed form; distinct grid cells; zeros
+    lifted to 1e-3 so that each term can move."""
     design = layout.design
     weights = np.atleast_2d(design.weight if weights is None else weights)
     grid, cells = _exponent_grid(layout.n_exponents, layout.power)
@@ -660,8 +660,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Solution:
-    """One fit: `p` (size,), the solver's objective and the reported one, Hessian (size, size), free mask
-    (size,)."""
+    """One fit: `p` (size,), the solver's objective and the reported one, Hessian (size, size),
+    free mask (size,)."""
 
     layout: Layout
     p: np.ndarray
@@ -706,8 +706,8 @@ def raw_parameters(layout: Layout, p: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | None = None) -> Solution:
-    """The best of the local minima from the variable-projection starts. Raises UserError without a
-    certificate."""
+    """The best of the local minima from the variable-projection starts. Raises UserError
+    without a certificate."""
     layout = make_layout(design, objective)
     begin = starts(layout)[0]
     if extra_starts is not None:
