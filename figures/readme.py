@@ -68,10 +68,11 @@ def _numbers(study: StudyData) -> str:
     if len(done):
         molecules, kinds = done.unique("molecule"), done.unique("ansatz")
         labels = ", ".join(style.ansatz_style(kind, kinds).label for kind in kinds)
+        seeds = len(done.unique("seed"))
         lines.append(
             f"{len(molecules)} molecules ({', '.join(molecules)}), {len(kinds)} ansatze ({labels}), "
             f"N from {done['n_total'].min()} to {done['n_total'].max()}, "
-            f"T from {done['steps'].min()} to {done['steps'].max()}, {len(done.unique('seed'))} seeds; "
+            f"T from {done['steps'].min()} to {done['steps'].max()}, {seeds} seed{'s' * (seeds > 1)}; "
             f"{done['wall_seconds'].sum() / 60:.0f} minutes of training in all."
         )
     return "\n".join(lines)
