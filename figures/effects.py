@@ -52,6 +52,9 @@ def elasticities(study: StudyData) -> Plot:
         axis.set_ylim(len(kinds) - 0.45, -0.55)
         axis.grid(False, axis="y")
         style.plain_axis(axis, "x")
+    single = Line2D(
+        [], [], color=style.SOFT, marker="o", ms=2.6, ls="none", alpha=0.5, label="single molecules"
+    )
     style.legend_below(
         figure,
         [
@@ -66,9 +69,7 @@ def elasticities(study: StudyData) -> Plot:
                 ls=":",
                 label="per e-fold of D′",
             ),
-            Line2D(
-                [], [], color=style.SOFT, marker="o", ms=2.6, ls="none", alpha=0.5, label="single molecules"
-            ),
+            *([single] if any(row["scope"] != "joint" for row in rows) else []),
         ],
     )
     joint = [row for row in rows if row["scope"] == "joint"]

@@ -303,8 +303,8 @@ def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     if handles:
         widths = [0.48 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, 7.5 pt text
         for columns in range(len(widths), 0, -1):
-            deep = math.ceil(len(widths) / columns)
-            if sum(max(widths[i : i + deep]) for i in range(0, len(widths), deep)) <= figure.get_figwidth():
+            # matplotlib fills columns one after the other, the first ones one entry deeper
+            if sum(part.max() for part in np.array_split(widths, columns)) <= figure.get_figwidth():
                 break
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
 

@@ -13,9 +13,7 @@ from replicate.sector import Sector, feasible_tokens, from_key_layout, to_key_la
 def brute_force(sector: Sector) -> np.ndarray:
     keys = np.arange(1 << sector.n_qubits)
     bits = (keys[:, None] >> np.arange(sector.n_qubits)) & 1
-    return keys[
-        (bits[:, 0::2].sum(axis=1) == sector.n_alpha) & (bits[:, 1::2].sum(axis=1) == sector.n_beta)
-    ]
+    return keys[(bits[:, 0::2].sum(axis=1) == sector.n_alpha) & (bits[:, 1::2].sum(axis=1) == sector.n_beta)]
 
 
 @pytest.mark.parametrize("order", ["reversed", "energy"])
