@@ -121,6 +121,7 @@ class Training:
             point.phase.width,
             point.phase.depth,
             seed=stream_seed(point.seed, point.id, "initialisation"),
+            phase_scale=point.phase.init_scale,
             dtype=DTYPES[point.precision],
             device=device,
         )

@@ -228,6 +228,17 @@ def test_one_seed_is_one_initial_state(kind: str) -> None:
     assert not torch.equal(flat[0], flat[2])
 
 
+def test_initial_weights_are_scaled() -> None:
+    sector = Sector(4, 2, 2)
+    plain = build_wave_function(sector, "made", {"width": 6, "depth": 2}, 5, 1, seed=3)
+    scaled = build_wave_function(
+        sector, "made", {"width": 6, "depth": 2, "init_scale": 2.0}, 5, 1, seed=3, phase_scale=0.5
+    )
+    for (name, one), (_, two) in zip(plain.named_weights(), scaled.named_weights(), strict=True):
+        factor = 1.0 if name.endswith("bias") else 0.5 if name.startswith("phase") else 2.0
+        assert torch.equal(factor * one, two), name
+
+
 def test_unknown_and_impossible_ansatze_are_refused() -> None:
     sector = Sector(4, 2, 2)
     with pytest.raises(KeyError, match="made, retnet, transformer"):

@@ -39,6 +39,18 @@ def test_id_is_the_committed_one(write_spec: WriteSpec) -> None:
     assert [p.id for p in load_study(write_spec()).points] == ["5c63af11aa88"]
 
 
+def test_scale_of_initial_weights_is_in_the_id_unless_it_changes_nothing(write_spec: WriteSpec) -> None:
+    (point,) = load_study(write_spec()).points
+    for section in ("phase", "ansatz"):
+        old = {"phase": "width = 4\n\n", "ansatz": "xs = { width = 4 }"}[section]
+        new = {"phase": "width = 4\ninit_scale = {}\n\n", "ansatz": "xs = {{ width = 4, init_scale = {} }}"}[
+            section
+        ]
+        (same,) = load_study(write_spec((old, new.format("1.0")))).points
+        (other,) = load_study(write_spec((old, new.format("2.0")))).points
+        assert same.id == point.id != other.id
+
+
 def test_id_ignores_comments_order_labels_and_study(write_spec: WriteSpec) -> None:
     (before,) = load_study(write_spec()).points
     for changes, add in (

@@ -58,6 +58,7 @@ def build_wave_function(
     phase_depth: int,
     *,
     seed: int,
+    phase_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> WaveFunction:
@@ -69,5 +70,5 @@ def build_wave_function(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modulus = find_ansatz(kind)(sector, **params)
-        phase = PhaseNetwork(sector, phase_width, phase_depth)
+        phase = PhaseNetwork(sector, phase_width, phase_depth, phase_scale)
     return WaveFunction(sector, modulus, phase).to(device=device, dtype=dtype)

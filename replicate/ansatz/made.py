@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from replicate.ansatz.base import Level, State
+from replicate.ansatz.phase import scale_weights
 from replicate.sector import TOKENS, Sector
 from replicate.tree import PrefixTree, bits_of
 
@@ -18,11 +19,14 @@ class Made(nn.Module):
 
     Inputs of the token at position i have degree i, hidden units degrees 0..T-2, output token i sees hidden
     units of degree < i. Units are stored sorted by degree, so that what a prefix of t tokens determines is a
-    leading slice. `degrees`: "even" (round-robin) or "random" (the lineage's choice, seed 0).
+    leading slice. `degrees`: "even" (round-robin) or "random" (the lineage's choice, seed 0). `init_scale`
+    multiplies the initial weights.
     N_mod = nw + w + (D-1)(w^2+w) + 2nw + 2n counts the dense matrices; `n_unmasked` only what the masks keep.
     """
 
-    def __init__(self, sector: Sector, width: int, depth: int, degrees: str = "even") -> None:
+    def __init__(
+        self, sector: Sector, width: int, depth: int, degrees: str = "even", init_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.sector = sector
         n_orbitals, n_qubits = sector.n_orbitals, sector.n_qubits
@@ -39,6 +43,7 @@ class Made(nn.Module):
         masks += [hidden[:, None] >= hidden[None, :]] * (depth - 1)
         masks += [outputs[:, None] > hidden[None, :]]
         self.layers = nn.ModuleList(nn.Linear(m.shape[1], m.shape[0]) for m in masks)
+        scale_weights(self.layers, init_scale)
         for i, mask in enumerate(masks):
             self.register_buffer(f"mask{i}", torch.as_tensor(mask, dtype=torch.float32), persistent=False)
         # Units of degree < t: those that the first t tokens determine.

@@ -22,6 +22,9 @@ SCHEMA = 1
 ANSATZ_ENTRY_POINTS = "nqs_scaling.ansatz"
 """Entry-point group under which other distributions register an ansatz."""
 
+NO_SCALE = ("init_scale", 1.0)
+"""Initial weights as drawn: left out of ids, which are older than the field."""
+
 MAX_SPIN_ORBITALS = 62
 """A determinant is one signed 64-bit key with two bits per orbital (DESIGN section 2)."""
 
@@ -199,6 +202,7 @@ class MadeParams(Model):
     width: Width
     depth: Width = 1
     degrees: Literal["even", "random"] = "even"
+    init_scale: Positive = 1.0  # of the initial weights, uniform within 1 / sqrt(inputs)
 
 
 class TransformerParams(Model):
@@ -266,7 +270,8 @@ class AnsatzSpec(Model):
         return data
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "params": {k: v for k, v in self.params.items() if k != "chunk"}}
+        params = {k: v for k, v in self.params.items() if k != "chunk" and (k, v) != NO_SCALE}
+        return {"kind": self.kind, "params": params}
 
 
 class PhaseSpec(Model):
@@ -274,6 +279,10 @@ class PhaseSpec(Model):
 
     width: Width
     depth: Annotated[int, Field(ge=0)] = 1
+    init_scale: Positive = 1.0  # of the initial weights, uniform within 1 / sqrt(inputs)
+
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in self.model_dump().items() if (k, v) != NO_SCALE}
 
 
 class SamplingSpec(Model):
@@ -428,11 +437,12 @@ class Point(Model):
 
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, resolved: the content of the id."""
-        plain = ("phase", "sampling", "train", "evaluation")
+        plain = ("sampling", "train", "evaluation")
         return {
             "schema": SCHEMA,
             "molecule": self.molecule.identity(),
             "ansatz": self.ansatz.identity(),
+            "phase": self.phase.identity(),
             **{name: getattr(self, name).model_dump() for name in plain},
             "local_energy": self.local_energy,
             "hamiltonian_threshold": self.hamiltonian_threshold,
