@@ -3,6 +3,6 @@ within a section."""
 
 from __future__ import annotations
 
-from figures import compute, costs, diagnostics, effects, scaling, tables, training, verdicts
+from figures import compute, costs, diagnostics, effects, pilot, scaling, tables, training, verdicts
 
-__all__ = ["compute", "costs", "diagnostics", "effects", "scaling", "tables", "training", "verdicts"]
+__all__ = ["compute", "costs", "diagnostics", "effects", "pilot", "scaling", "tables", "training", "verdicts"]
