@@ -15,6 +15,7 @@ from torch import Tensor
 
 from replicate.ansatz.base import WaveFunction
 from replicate.hamiltonian import Kernel
+from replicate.ranks import ALONE, Group
 from replicate.sector import to_key_layout
 from replicate.tree import build_tree
 
@@ -63,9 +64,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class LocalEnergies:
-    """`values`: complex128 (batch,), Hartree. `cost`: forward passes made for them."""
+    """`values`: complex128 (batch,), Hartree. `log_prob`: float64 (batch,), of the batch itself. Both are
+    whole on every rank. `cost`: forward passes that this rank has made for them."""
 
     values: Tensor
+    log_prob: Tensor
     cost: Evaluated
 
 
@@ -88,7 +91,7 @@ def local_from_product(psi: Tensor, product: Tensor) -> Tensor:
     return torch.complex(real, imag)
 
 
-# -- a batch of samples --------------------------------------------------------------------------------
+# -- a batch of samples: every rank gives all keys, works on its share of them and gets all values -----
 
 
 @torch.no_grad()
@@ -115,15 +118,33 @@ def _contract(rows: int, row: Tensor, value: Tensor, log_ratio: Tensor, phase: T
     return torch.view_as_complex(out)
 
 
-def local_energies_exact(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int) -> LocalEnergies:
+def shared_amplitudes(
+    wave: WaveFunction, keys: Tensor, chunk: int, group: Group
+) -> tuple[Tensor, Tensor, Evaluated]:
+    """`tree_amplitudes` of each rank's keys; what several ranks ask for is evaluated once, by its owner."""
+    if group.size == 1:
+        return tree_amplitudes(wave, keys, chunk)
+    asked, answer = group.by_range(keys)
+    every, where = torch.unique(asked, return_inverse=True)
+    log_prob, phase, cost = tree_amplitudes(wave, every, chunk)
+    log_prob, phase = answer(torch.stack([log_prob, phase], dim=1)[where]).unbind(1)
+    return log_prob, phase, cost
+
+
+def local_energies_exact(
+    wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int, group: Group = ALONE
+) -> LocalEnergies:
     """Each distinct determinant of samples and connected ones evaluated once. `keys`: sorted, distinct."""
+    cuts = group.even(keys.shape[0])
+    keys = keys[group.own(cuts)]
     connected = kernel.connected(keys)
     every, where = torch.unique(connected.key, return_inverse=True)
-    log_prob, phase, cost = tree_amplitudes(wave, every, chunk)
-    own = torch.searchsorted(every, keys.contiguous())[connected.row]
+    log_prob, phase, cost = shared_amplitudes(wave, every, chunk, group)
+    itself = torch.searchsorted(every, keys.contiguous())
+    own = itself[connected.row]
     log_ratio = 0.5 * (log_prob[where] - log_prob[own])
     values = _contract(keys.shape[0], connected.row, connected.value, log_ratio, phase[where] - phase[own])
-    return LocalEnergies(values, cost)
+    return LocalEnergies(group.gather(values, cuts), group.gather(log_prob[itself], cuts), cost)
 
 
 def local_energies_sampled(
@@ -131,21 +152,30 @@ def local_energies_sampled(
     kernel: Kernel,
     keys: Tensor,
     chunk: int,
+    group: Group = ALONE,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> LocalEnergies:
     """psi(x') counted only if x' is one of the samples (open question 2). `keys`: sorted, distinct.
 
-    `known`: log p and phi of the keys, float64 (batch,), where the caller has them.
+    `known`: log p and phi of this rank's keys, float64 (own,), where the caller has them. The matrix elements
+    are shared out as they are cheapest to find, whatever their row: rows are summed over ranks.
     """
-    inside = kernel.within(keys)
+    cuts = group.even(keys.shape[0])
+    log_prob, phase, cost = (
+        (*known, Evaluated()) if known else tree_amplitudes(wave, keys[group.own(cuts)], chunk)
+    )
+    log_prob, phase = group.gather(log_prob, cuts), group.gather(phase, cuts)
+    inside = kernel.within(keys, share=(group.rank, group.size))
     row, where, value = inside.row, inside.column, inside.value
-    log_prob, phase, cost = (*known, Evaluated()) if known else tree_amplitudes(wave, keys, chunk)
     log_ratio = 0.5 * (log_prob[where] - log_prob[row])
-    return LocalEnergies(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]), cost)
+    values = group.sum(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]))
+    return LocalEnergies(values, log_prob, cost)
 
 
 @torch.no_grad()
-def local_energies_paper(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int) -> LocalEnergies:
+def local_energies_paper(
+    wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk: int, group: Group = ALONE
+) -> LocalEnergies:
     """B * M forward passes over full sequences, nothing shared, states outside the sector included.
 
     The baseline of the study's FLOP estimates; `chunk` is the number of passes made at a time.
@@ -154,7 +184,10 @@ def local_energies_paper(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk
     flips, _ = torch.sort(torch.as_tensor(masks, device=keys.device))
     own = int(torch.searchsorted(flips, 0))
     rows = max(1, chunk // flips.shape[0])
+    cuts = group.even(keys.shape[0])
+    keys = keys[group.own(cuts)]
     values = torch.empty(keys.shape, dtype=torch.complex128, device=keys.device)
+    log_prob = torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
     for start in range(0, keys.shape[0], rows):
         part = keys[start : start + rows]
         log_psi = wave.flat_log_psi((part.unsqueeze(1) ^ flips).view(-1)).view(-1, flips.shape[0])
@@ -164,8 +197,9 @@ def local_energies_paper(wave: WaveFunction, kernel: Kernel, keys: Tensor, chunk
         values[start : start + rows] = _contract(
             part.shape[0], connected.row, connected.value, ratio.real, ratio.imag
         )
-    passes = keys.shape[0] * flips.shape[0]
-    return LocalEnergies(values, Evaluated(determinants=passes))
+        log_prob[start : start + rows] = 2 * log_psi[:, own].real
+    cost = Evaluated(determinants=keys.shape[0] * flips.shape[0])
+    return LocalEnergies(group.gather(values, cuts), group.gather(log_prob, cuts), cost)
 
 
 LOCAL_ENERGY = {

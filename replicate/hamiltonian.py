@@ -10,6 +10,7 @@ sector: no loop over determinants or strings.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -212,39 +213,46 @@ class Kernel:
         total = torch.zeros(len(entry), dtype=torch.float64, device=self.device)
         value[entry] = total.index_add_(0, owner, sign * self._general_weights[string])
 
-    def within(self, keys_sorted: Tensor, max_bytes: int | None = None) -> Elements:
+    def within(
+        self, keys_sorted: Tensor, max_bytes: int | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Elements:
         """The nonzero elements between the given keys: int64 (B,), ascending and distinct.
 
         The same as `connected` without the connected determinants that are not among the keys, and much
-        faster where those are most of them.
+        faster where those are most of them. `share` (r, k): the r-th of k shares of the elements; all shares
+        together are the whole, and of about equal cost.
         """
         rows, columns, values = [], [], []
-        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
+        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes, share=share):
             rows.append(row + start)
             columns.append(column)
             values.append(value)
         return Elements(_join(rows), _join(columns), _join(values))
 
-    def sector_matrix(self, keys_sorted: Tensor, max_bytes: int | None = None) -> Tensor:
+    def sector_matrix(
+        self, keys_sorted: Tensor, max_bytes: int | None = None, rows: slice | None = None
+    ) -> Tensor:
         """<x|H|x'> restricted to the given keys: sparse CSR float64 (B, B) with int32 indices, rows sorted.
 
-        `keys_sorted`: int64 (B,), ascending and distinct: a whole sector or any part of it.
+        `keys_sorted`: int64 (B,), ascending and distinct: a whole sector or any part of it. `rows`: a range
+        [start, stop) of the matrix's rows instead of all B.
         """
         keys_sorted = keys_sorted.to(self.device)
         size = len(keys_sorted)
         if size > 1 and not bool((keys_sorted[1:] > keys_sorted[:-1]).all()):
             raise ValueError("keys_sorted: not ascending and distinct")
         # one allocation that is filled: parts that are joined would be held twice, and fragment the heap
-        bound = self.count(keys_sorted, max_bytes)
+        own = keys_sorted if rows is None else keys_sorted[rows]
+        bound = self.count(own, max_bytes)
         columns = torch.empty(bound, dtype=torch.int32, device=self.device)
         values = torch.empty(bound, dtype=torch.float64, device=self.device)
         counts, filled = [torch.zeros(1, dtype=torch.int64, device=self.device)], 0
-        for _, rows, row, column, value in self._inside(keys_sorted, max_bytes):
+        for _, n_rows, row, column, value in self._inside(keys_sorted, max_bytes, rows):
             order = torch.argsort(row * size + column)
             part = slice(filled, filled + len(row))
             columns[part] = column.take(order)
             values[part] = value.take(order)
-            counts.append(torch.bincount(row, minlength=rows))
+            counts.append(torch.bincount(row, minlength=n_rows))
             filled += len(row)
         if filled >= 2**31:
             raise MemoryError(f"{filled} matrix elements: too many for one sparse matrix")
@@ -252,7 +260,7 @@ class Kernel:
         with warnings.catch_warnings():  # torch says on first use that CSR support is in beta
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             return torch.sparse_csr_tensor(
-                offsets, columns[:filled], values[:filled], (size, size), check_invariants=False
+                offsets, columns[:filled], values[:filled], (len(own), size), check_invariants=False
             )
 
     def apply(self, keys_sorted: Tensor, vectors: Tensor, max_bytes: int | None = None) -> Tensor:
@@ -267,29 +275,47 @@ class Kernel:
         return out
 
     def _inside(
-        self, keys: Tensor, max_bytes: int | None
+        self,
+        keys: Tensor,
+        max_bytes: int | None,
+        rows: slice | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """First row and number of rows of a chunk; row in the chunk, column and value of its elements."""
-        if len(keys) < _PAIRS_BELOW * len(self._flips):
-            yield 0, len(keys), *self._by_distance(keys, max_bytes)
-            return
-        for start, row, key, value in self._chunks(keys, max_bytes):
-            column = torch.searchsorted(keys, key).clamp_(max=len(keys) - 1)
-            found = torch.nonzero(keys.take(column) == key)[:, 0]
-            rows = min(self._chunk_rows(max_bytes), len(keys) - start)
-            yield start, rows, row.take(found), column.take(found), value.take(found)
+        """First row and number of rows of a chunk; row in the chunk, column and value of its elements.
 
-    def _by_distance(self, keys: Tensor, max_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Elements between few keys: pairs that differ on few qubits, found by one GEMM of all with all."""
+        Of the rows in the range `rows` (None: all), or of a `share` as in `within`.
+        """
+        size, (r, k) = len(keys), share
+        every = rows is None or (rows.start, rows.stop) == (0, size)
+        if every and size < _PAIRS_BELOW * len(self._flips):
+            # a row has all later ones to be compared with: shares of equal area of the triangle
+            first, last = (round(size * (1 - math.sqrt(1 - i / k))) for i in (r, r + 1))
+            yield 0, size, *self._by_distance(keys, max_bytes, first, last)
+            return
+        rows = rows or slice(size * r // k, size * (r + 1) // k)
+        own = keys[rows]
+        for start, row, key, value in self._chunks(own, max_bytes):
+            column = torch.searchsorted(keys, key).clamp_(max=size - 1)
+            found = torch.nonzero(keys.take(column) == key)[:, 0]
+            n_rows = min(self._chunk_rows(max_bytes), len(own) - start)
+            yield rows.start + start, n_rows, row.take(found), column.take(found), value.take(found)
+
+    def _by_distance(
+        self, keys: Tensor, max_bytes: int | None, first: int, last: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Elements between few keys: pairs that differ on few qubits, found by one GEMM of all with all.
+
+        Of the pairs only those whose lower row is in [first, last), each with its mirror image.
+        """
         size = len(keys)
         spins32 = self._spins(keys, torch.float32)
-        rows = [torch.arange(size, device=self.device)]
-        columns, values = rows.copy(), [self.diagonal(keys)]
+        rows = [torch.arange(first, last, device=self.device)]
+        columns, values = rows.copy(), [self.diagonal(keys[first:last])]
         step = max(1, self._scratch(max_bytes) // (24 * max(size, 1)))
-        for start in range(0, size, step):
-            part = keys[start : start + step]
+        for start in range(first, last, step):
+            part = keys[start : min(start + step, last)]
             # the product of two determinants' spins is n - 2 x the number of qubits on which they differ
-            overlap = spins32[start : start + step] @ spins32[start:].T
+            overlap = spins32[start : start + len(part)] @ spins32[start:].T
             close = torch.nonzero((overlap >= self.n_qubits - 2 * self._most_flips).view(-1))[:, 0]
             row = torch.div(close, size - start, rounding_mode="floor")
             column = close - row * (size - start)

@@ -7,6 +7,7 @@
 Two regimes, one distribution (DESIGN.md section 2). `whole`: one forward pass over the sector gives all
 probabilities; samples, local energies and the gradient come from that pass. `tree`: samples grow token by
 token, their connected determinants are evaluated beside them. The regime is chosen by cost and recorded.
+A run is made by one process or by several (replicate/ranks.py), each with its range of the determinants.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from replicate.energy import (
 from replicate.hamiltonian import Hamiltonian, Kernel
 from replicate.memory import keep_freed_memory
 from replicate.provenance import stream_seed
+from replicate.ranks import ALONE, Group
 from replicate.regime import choose_regime
 from replicate.sampler import Samples, sample_tree, split_binary, truncate
 from replicate.sector import Sector
@@ -85,8 +87,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class SectorBatch:
-    """The whole sector as one batch: tree, inputs of the phase network and the sparse sector matrix."""
+    """The whole sector as one batch: its keys, and of this rank's `rows` (those of all: `cuts`) the tree, the
+    inputs of the phase network and the sparse sector matrix."""
 
+    keys: Tensor
+    cuts: tuple[int, ...]
+    rows: slice
     tree: PrefixTree
     phase_inputs: tuple[Tensor, Tensor]
     matrix: Tensor
@@ -98,20 +104,26 @@ def train(
     *,
     device: str | torch.device = "cpu",
     resume: Checkpoint | None = None,
+    group: Group = ALONE,
 ) -> Training:
     """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), new or resumed."""
     hamiltonian = problem if isinstance(problem, Hamiltonian) else problem.hamiltonian
-    return Training(point, hamiltonian, torch.device(device), resume)
+    return Training(point, hamiltonian, torch.device(device), resume, group)
 
 
 class Training:
     """Iterates over one `Record` per optimisation step; can be checkpointed between any two."""
 
     def __init__(
-        self, point: Point, hamiltonian: Hamiltonian, device: torch.device, resume: Checkpoint | None
+        self,
+        point: Point,
+        hamiltonian: Hamiltonian,
+        device: torch.device,
+        resume: Checkpoint | None,
+        group: Group = ALONE,
     ) -> None:
         keep_freed_memory()
-        self.point, self.device, self.hamiltonian = point, device, hamiltonian
+        self.point, self.device, self.hamiltonian, self.group = point, device, hamiltonian, group
         self.sector = Sector(hamiltonian.n_qubits // 2, hamiltonian.n_alpha, hamiltonian.n_beta, point.order)
         self.kernel = Kernel(hamiltonian, point.order, device)
         self.wave = build_wave_function(
@@ -165,10 +177,12 @@ class Training:
         entropy = schedules.annealing(spec.train, step, steps)
         take = self._whole_step if self.regime == "whole" else self._tree_step
         outcome, parts = take(drawn, entropy)
+        parts = self.group.total(parts)
         for name, executed in parts.items():
             self.flops_parts[name] += executed
 
         began = time.perf_counter()
+        self.group.sum_gradients(self.weights.values())
         norm = torch.nn.utils.clip_grad_norm_(
             self.weights.values(), spec.train.clip or math.inf, foreach=True
         )
@@ -193,33 +207,48 @@ class Training:
         if self._batch is None:
             keys = torch.as_tensor(self.sector.enumerate_keys(), device=self.device)
             tree = build_tree(keys, self.sector, self.wave.feasible(self.device))
-            matrix = self.kernel.sector_matrix(keys)
-            self._batch = SectorBatch(tree, self.wave.phase.inputs(keys), matrix)
+            nodes = torch.bincount(tree.first_row, minlength=len(keys))
+            cuts = self.group.balanced(nodes * self.n_modulus + self.n_phase)
+            rows = self.group.own(cuts)
+            if self.group.size > 1:
+                tree = build_tree(keys[rows], self.sector, self.wave.feasible(self.device))
+            matrix = self.kernel.sector_matrix(keys, rows=rows)
+            self._batch = SectorBatch(keys, cuts, rows, tree, self.wave.phase.inputs(keys[rows]), matrix)
         return self._batch
 
     def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
-        batch, clock = self.batch, time.perf_counter
+        batch, group, clock = self.batch, self.group, time.perf_counter
         began = clock()
         log_prob = self.wave.log_prob(batch.tree)
         phase = self.wave.phase.evaluate(*batch.phase_inputs)
         with torch.no_grad():
-            counts = split_binary(n_samples, log_prob.exp(), self.generator)
-            if self.point.sampling.batch_max < self.sector.size:
-                counts = self._truncate(counts)
+            every_log_prob = group.gather(log_prob.detach(), batch.cuts)
+            every_phase = group.gather(phase.detach(), batch.cuts)
+            counts = self._draw(n_samples, every_log_prob)
             weights = counts / counts.sum()
             sampled = clock()
-            psi = amplitudes(log_prob, phase)
+            psi = amplitudes(every_log_prob, every_phase)
             if self.point.local_energy == "sampled":
                 psi = psi * (counts > 0).unsqueeze(1)
-            local = local_from_product(psi, batch.matrix @ psi)
-            outcome = self._outcome(local, weights, counts)
+            own = local_from_product(psi[batch.rows], batch.matrix @ psi)
+            outcome = self._outcome(group.gather(own, batch.cuts), weights, counts)
+            mean_log_prob = (weights * every_log_prob).sum() if entropy else 0.0
         energy_done = clock()
-        self._backward(log_prob, phase, local, weights, outcome, entropy)
+        self._backward(log_prob, phase, own, weights[batch.rows], outcome, entropy, mean_log_prob)
         self._time(began, sampled, energy_done)
         return outcome, self._whole_flops(batch)
 
+    def _draw(self, n_samples: int, log_prob: Tensor) -> Tensor:
+        """Counts of the sector's determinants: float64 (size,)."""
+        if not self.group.first:
+            return self.group.broadcast(torch.empty_like(log_prob))
+        counts = split_binary(n_samples, log_prob.exp(), self.generator)
+        if self.point.sampling.batch_max < self.sector.size:
+            counts = self._truncate(counts)
+        return self.group.broadcast(counts)
+
     def _truncate(self, counts: Tensor) -> Tensor:
-        keys = self.batch.tree.keys
+        keys = self.batch.keys
         kept = truncate(keys, counts, self.sector.n_orbitals, self.point.sampling.batch_max)
         out = torch.zeros_like(counts)
         out[torch.searchsorted(keys, kept.keys)] = kept.counts
@@ -230,27 +259,44 @@ class Training:
     def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
         clock, spec = time.perf_counter, self.point
         began = clock()
-        samples = sample_tree(self.wave, n_samples, spec.sampling.batch_max, self.generator)
-        own, cost = samples.keys, Evaluated()
+        samples = self._sample(n_samples, spec.sampling.batch_max, self.generator)
+        keys, weights, cost = samples.keys, samples.weights, Evaluated()
+        own = self.group.own(self.group.even(keys.shape[0]))
         # One forward pass serves the local energies and the gradient where all of its activations fit.
-        forward = self._forward(own) if own.shape[0] <= self.gradient_chunk else None
+        forward = self._forward(keys[own]) if own.stop - own.start <= self.gradient_chunk else None
         sampled = clock()
         with torch.no_grad():
+            place = (self.wave, self.kernel, keys, self.chunk, self.group)
             if forward and spec.local_energy == "sampled":
                 amplitude = (forward[1].detach(), forward[2].detach().to(torch.float64))
-                found = local_energies_sampled(self.wave, self.kernel, own, self.chunk, amplitude)
+                found = local_energies_sampled(*place, amplitude)
             else:
-                found = LOCAL_ENERGY[spec.local_energy](self.wave, self.kernel, own, self.chunk)
-            outcome = self._outcome(found.values, samples.weights, samples.counts)
+                found = LOCAL_ENERGY[spec.local_energy](*place)
+            outcome = self._outcome(found.values, weights, samples.counts)
+            mean_log_prob = (weights * found.log_prob).sum() if entropy else 0.0
         energy_done = clock()
-        for start in range(0, own.shape[0], self.gradient_chunk):
-            rows = slice(start, start + self.gradient_chunk)
-            tree, log_prob, phase = forward or self._forward(own[rows])
-            self._backward(log_prob, phase, found.values[rows], samples.weights[rows], outcome, entropy)
+        for start in range(own.start, own.stop, self.gradient_chunk):
+            rows = slice(start, min(start + self.gradient_chunk, own.stop))
+            tree, log_prob, phase = forward or self._forward(keys[rows])
+            self._backward(
+                log_prob, phase, found.values[rows], weights[rows], outcome, entropy, mean_log_prob
+            )
             cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
         self._time(began, sampled, energy_done)
         executed = self._tree_flops(samples, found.cost, cost, chunked=forward is None)
         return outcome, executed
+
+    def _sample(self, n_samples: int, batch_max: int, generator: torch.Generator) -> Samples:
+        """`sample_tree` on the first rank, which has its cost (`nodes`), for all."""
+        if self.group.first:
+            samples = sample_tree(self.wave, n_samples, batch_max, generator)
+            self.group.agree(samples.keys.shape[0])
+        else:
+            keys = torch.empty(self.group.agree(0), dtype=torch.int64, device=self.device)
+            samples = Samples(keys, torch.empty_like(keys, dtype=torch.float64))
+        self.group.broadcast(samples.keys)
+        self.group.broadcast(samples.counts)
+        return samples
 
     def _forward(self, keys: Tensor) -> tuple[PrefixTree, Tensor, Tensor]:
         """Tree, log p and phi of sorted distinct keys, with gradients."""
@@ -289,15 +335,16 @@ class Training:
         weights: Tensor,
         outcome: Tensor,
         entropy: float,
+        mean_log_prob: Tensor | float,
     ) -> None:
         """Accumulate 2 Re E[(E_loc - E)^* d log psi], log psi = 1/2 log p + i phi (SCIENCE.md section 3).
 
         With an entropy weight the objective is E - lambda S, S = -E[log p] (variational neural annealing).
+        `outcome` and `mean_log_prob` are of all samples, the rest of any part of them.
         """
         signal = local.real - outcome[0]
         if entropy:
-            surprise = log_prob.detach()
-            signal = signal + entropy * (surprise - (weights * surprise).sum())
+            signal = signal + entropy * (log_prob.detach() - mean_log_prob)
         to_log_prob = weights * signal
         to_phase = (2 * weights * local.imag).to(phase.dtype)
         live = [(log_prob, to_log_prob), (phase, to_phase)]
@@ -382,10 +429,11 @@ class Training:
         """
         spec = self.point.evaluation
         if self.sector.size <= spec.exact_limit:
-            batch = self.batch
-            log_prob = self.wave.log_prob(batch.tree)
-            psi = amplitudes(log_prob, self.wave.phase.evaluate(*batch.phase_inputs))
-            product = batch.matrix @ psi
+            batch, group = self.batch, self.group
+            log_prob = group.gather(self.wave.log_prob(batch.tree), batch.cuts)
+            phase = group.gather(self.wave.phase.evaluate(*batch.phase_inputs), batch.cuts)
+            psi = amplitudes(log_prob, phase)
+            product = group.gather(batch.matrix @ psi, batch.cuts)
             norm = (psi**2).sum()
             mean = (psi * product).sum() / norm
             # |H psi - E psi|^2, not a mean of E_loc: it also counts where psi has underflowed.
@@ -394,8 +442,8 @@ class Training:
             return Evaluation(energy, 0.0, variance, self.sector.size, 0, exact=True)
         generator = torch.Generator(self.device)
         generator.manual_seed(stream_seed(self.point.seed, self.point.id, "evaluation"))
-        samples = sample_tree(self.wave, spec.n_samples, spec.batch_max, generator)
-        local = LOCAL_ENERGY["exact"](self.wave, self.kernel, samples.keys, self.chunk).values
+        samples = self._sample(spec.n_samples, spec.batch_max, generator)
+        local = LOCAL_ENERGY["exact"](self.wave, self.kernel, samples.keys, self.chunk, self.group).values
         stats = energy_stats(local, samples.weights)
         kept = samples.counts.sum().item()
         energy, variance = stats.energy.item(), stats.variance.item()

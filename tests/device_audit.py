@@ -95,7 +95,7 @@ def audit(run: Training, device: str, *, gradients: bool) -> str:
             local = local_from_product(psi, psi.flip(0))  # the sparse product has no fake kernel
             outcome = run._outcome(local, weights, weights)
         if gradients:
-            run._backward(log_prob, phase, local, weights, outcome, 0.1)
+            run._backward(log_prob, phase, local, weights, outcome, 0.1, (weights * log_prob).sum())
             parameters = list(run.weights.values())
             assert all(p.grad is not None and p.grad.device.type == device for p in parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)

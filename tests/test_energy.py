@@ -144,7 +144,7 @@ def test_gradient_equals_finite_differences_of_the_exact_energy(name: str, kind:
         weights = log_prob.exp()
         local = local_from_product(psi, batch.matrix @ psi)
         outcome = run._outcome(local, weights, weights)
-    run._backward(log_prob, phase, local, weights, outcome, 0.0)
+    run._backward(log_prob, phase, local, weights, outcome, 0.0, 0.0)
 
     generator = torch.Generator().manual_seed(0)
     for weight_name, weight in run.weights.items():
@@ -182,7 +182,7 @@ def test_annealed_gradient_equals_finite_differences(entropy: float) -> None:
         psi, weights = amplitudes(log_prob, phase), log_prob.exp()
         local = local_from_product(psi, batch.matrix @ psi)
         outcome = run._outcome(local, weights, weights)
-    run._backward(log_prob, phase, local, weights, outcome, entropy)
+    run._backward(log_prob, phase, local, weights, outcome, entropy, (weights * log_prob).sum().detach())
     weight = run.weights["modulus.layers.0.weight"]
     assert weight.grad is not None
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

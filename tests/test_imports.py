@@ -23,6 +23,7 @@ ORDER = [
     "hamiltonian",
     "tree",
     "ansatz",
+    "ranks",
     "sampler",
     "energy",
     "flops",
