@@ -2,9 +2,9 @@
 
 Determinants are split into contiguous key ranges, which are subtrees (replicate/tree.py); every rank holds
 the same parameters and works on its own range. `ALONE`, a group of one, does nothing: the trainer has one
-text for both. Random numbers are drawn by the first rank for all: the number of ranks changes a run by rounding
-only, a run can be resumed on another number, and ranks that round differently (another processor) cannot
-disagree on a sample. Tensors on a GPU travel by NCCL, those on a CPU and all control by gloo.
+text for both. Random numbers are drawn by the first rank for all: the number of ranks changes a run by
+rounding only, a run can be resumed on another number, and ranks that round differently (another processor)
+cannot disagree on a sample. Tensors on a GPU travel by NCCL, those on a CPU and all control by gloo.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,19 +30,13 @@ FIRST_TIMEOUT = datetime.timedelta(
     days=2
 )  # of what the first rank does alone (a molecule's FCI), if it lives
 PROBES = 64  # keys per rank and range that the borders of the ranges are chosen from
+GRACE_SECONDS = 1.0  # for the error of a rank that has just ended to arrive
+FAILED = "failed"  # key of that error
 END = torch.iinfo(torch.int64).max
 
 
 class RankLostError(RuntimeError):
-    """Another process of the group has ended or hangs: the consequence of an error, not the error."""
-
-
-@contextmanager
-def _reachable() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLostError(f"a rank was lost ({str(error).splitlines()[0]})") from error
+    """Another process of the group has ended or hangs; the text is that process's error where it left one."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Group:
         padded = part.new_zeros((longest, *part.shape[1:]))  # all_gather wants equal lengths
         padded[: part.shape[0]] = part
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        with _reachable():
+        with self._reachable():
             dist.all_gather(parts, padded)
         return torch.cat(
             [rows[: b - a] for rows, (a, b) in zip(parts, itertools.pairwise(cuts), strict=True)]
@@ -98,14 +93,14 @@ class Group:
     def broadcast(self, values: Tensor) -> Tensor:
         """The first rank's tensor; the others give one of the same shape and type, which is overwritten."""
         if self.size > 1:
-            with _reachable():
+            with self._reachable():
                 dist.broadcast(values, src=0)
         return values
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place; the same bits on every rank."""
         if self.size > 1:
-            with _reachable():
+            with self._reachable():
                 dist.all_reduce(torch.view_as_real(values) if values.is_complex() else values)
         return values
 
@@ -137,7 +132,13 @@ class Group:
         table = self.gather(ends.diff(), range(0, self.size**2 + 1, self.size)).view(self.size, self.size)
         sizes = table.tolist()
         sent, arriving = sizes[self.rank], [row[self.rank] for row in sizes]
-        return _all_to_all(keys, sent, arriving), partial(_all_to_all, sent=arriving, arriving=sent)
+        return self._all_to_all(keys, sent, arriving), partial(self._all_to_all, sent=arriving, arriving=sent)
+
+    def _all_to_all(self, rows: Tensor, sent: list[int], arriving: list[int]) -> Tensor:
+        out = rows.new_empty((sum(arriving), *rows.shape[1:]))
+        with self._reachable():
+            dist.all_to_all_single(out, rows.contiguous(), arriving, sent)
+        return out
 
     # -- control, through host memory: no waiting for the device --------------------------------------------
 
@@ -163,21 +164,44 @@ class Group:
                 made[0] = make()
             finally:  # after an error, too: the others go on to notice that this rank has ended
                 self.store.set(ready, "")
-        with _reachable():
+        with self._reachable():
             if not self.first:
                 self.store.wait([ready], FIRST_TIMEOUT)
             dist.broadcast_object_list(made, src=0)
         return made[0]
 
+    # -- the end of a rank ----------------------------------------------------------------------------------
+
+    def fail(self, error: BaseException) -> None:
+        """Leave this rank's error for the others, before it ends."""
+        lines = str(error).splitlines() or [""]
+        self.store.set(FAILED, f"rank {self.rank}: {type(error).__name__}: {lines[0]}")
+
+    def failure(self, patience: float = 0.0) -> str:
+        """The error that a rank has left, or leaves within `patience` seconds; "" if none."""
+        deadline = time.monotonic() + patience
+        while not self.store.check([FAILED]):
+            if time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.05)
+        return str(self.store.get(FAILED).decode())
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            killed = f"a rank has ended without a word (killed, out of memory?): {str(error).splitlines()[0]}"
+            raise RankLostError(self._last_words() or killed) from error
+
+    def _last_words(self) -> str:
+        try:
+            return self.failure(patience=GRACE_SECONDS)
+        except RuntimeError:  # the store has gone with its host
+            return ""
+
 
 ALONE = Group()
-
-
-def _all_to_all(rows: Tensor, sent: list[int], arriving: list[int]) -> Tensor:
-    out = rows.new_empty((sum(arriving), *rows.shape[1:]))
-    with _reachable():
-        dist.all_to_all_single(out, rows.contiguous(), arriving, sent)
-    return out
 
 
 def join(device: str) -> Group:

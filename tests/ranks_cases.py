@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node K tests/ranks_cases.py FOLDER
 
-The first rank writes what `result` returns of every case to FOLDER/results.json, and checkpoints from half way
-to FOLDER/<case>.pt.
+The first rank writes what `result` returns of every case to FOLDER/results.json, and checkpoints from half
+way to FOLDER/<case>.pt.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ def main(folder: str) -> None:
                 run.advance()
             if group.first:
                 saved = run.checkpoint()
-                torch.save({"step": saved.step, "tensors": saved.tensors, "meta": saved.meta},
-                           Path(folder) / f"{name_of(case)}.pt")
+                torch.save(
+                    {"step": saved.step, "tensors": saved.tensors, "meta": saved.meta},
+                    Path(folder) / f"{name_of(case)}.pt",
+                )
     if group.first:
         (Path(folder) / "results.json").write_text(json.dumps(results), encoding="utf-8")
     ranks.leave()
