@@ -11,13 +11,18 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import replicate.scaling.commands as scaling
 from replicate import __version__
+from replicate.engine.base import Options
+from replicate.engine.log import duration
 from replicate.provenance import available_cores
 from replicate.spec import MoleculeSpec, Point, Study, UserError, load_study, molecule_from_file
 from replicate.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from replicate.engine.sweep import Start
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 ENGINES = ("local", "dask", "slurm")
@@ -45,15 +50,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _number(value: float | None, form: str = ".2e") -> str:
     return "-" if value is None else format(value, form)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Study, Store]:
@@ -96,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> int:
             _number(row["n_phase"], "d"),
             _number(row["n_total"], "d"),
             _number(row["flops_estimated"]),
-            _duration(row["seconds_estimated"]),
+            duration(row["seconds_estimated"]),
             row["state"] + (" (held out)" if row["held_out"] else ""),
         )
         for row in record["points"]
@@ -107,7 +103,7 @@ def plan(arguments: argparse.Namespace) -> int:
     _say(
         f"{study.name}: {record['n_points']} points, {record['n_left']} to run; estimated "
         f"{_number(record['flops_estimated'])} FLOP in all (no reuse), about "
-        f"{_duration(record['seconds_estimated_left'])} of one core left"
+        f"{duration(record['seconds_estimated_left'])} of one core left"
     )
     return DONE
 
@@ -116,27 +112,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Train what is not done."""
     study, store = _open(arguments)
     points = _only(study, arguments.only)
-    if arguments.engine != "local":
-        raise UserError(f"--engine {arguments.engine}: not available in this version; allowed local")
-    from replicate.engine.local import Options, sweep
+    from replicate.engine.sweep import sweep
     from replicate.plan import estimates, longest_first
 
-    cores = available_cores()
-    gpu = arguments.device == "cuda" or (arguments.device == "auto" and Path("/dev/nvidiactl").exists())
-    workers = arguments.workers or (1 if gpu else max(1, cores // arguments.threads))
-    if workers * arguments.threads > cores:
-        raise UserError(
-            f"--workers {workers} --threads {arguments.threads}: more than this machine's {cores} cores; "
-            "lower one of them"
-        )
-    options = Options(
-        workers=workers,
-        threads=arguments.threads,
-        device=arguments.device,
-        artifacts=arguments.artifacts,
-        retry_failed=arguments.retry_failed,
+    options = _options(arguments)
+    known = estimates(study, store)
+    expected = {estimate.point.id: estimate.seconds for estimate in known}
+    outcome = sweep(
+        study, longest_first(points, known), options, _engine(arguments, options, store), expected
     )
-    outcome = sweep(study, longest_first(points, estimates(study, store)), options)
     if outcome.fatal:
         _warn(outcome.fatal)
         return FAILED
@@ -151,6 +135,58 @@ def run(arguments: argparse.Namespace) -> int:
     if outcome.interrupted:
         _warn("stopped before the end; the same command goes on from the checkpoints")
     return FAILED if outcome.failed or outcome.interrupted else DONE
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """How many points at a time and how; a UserError where this machine would be asked for too much."""
+    given = (
+        (arguments.address, "--address", "dask"),
+        (arguments.resources, "--resources", "dask"),
+        (arguments.slurm, "--slurm", "slurm"),
+        (arguments.points_per_job, "--points-per-job", "slurm"),
+    )
+    wrong = [
+        f"{name}: only with --engine {engine}"
+        for value, name, engine in given
+        if value and arguments.engine != engine
+    ]
+    if wrong:
+        raise UserError(*wrong)
+    here = arguments.engine != "slurm" and not arguments.address
+    cores, threads = available_cores(), arguments.threads
+    gpu = arguments.device == "cuda" or (arguments.device == "auto" and Path("/dev/nvidiactl").exists())
+    workers = (
+        arguments.workers or (1 if gpu else max(1, cores // threads)) if here else arguments.workers or 256
+    )
+    if here and workers * threads > cores:
+        raise UserError(
+            f"--workers {workers} --threads {threads}: more than this machine's {cores} cores; "
+            "lower one of them"
+        )
+    return Options(
+        workers=workers,
+        threads=threads,
+        device=arguments.device,
+        artifacts=arguments.artifacts,
+        retry_failed=arguments.retry_failed,
+    )
+
+
+def _engine(arguments: argparse.Namespace, options: Options, store: Store) -> Start:
+    """What starts the chosen engine once there is something to run."""
+    if arguments.engine == "dask":
+        from replicate.engine.dask import DaskEngine, resources_of
+
+        resources = resources_of(arguments.resources or [])
+        return lambda say: DaskEngine(options, store, say, address=arguments.address, resources=resources)
+    if arguments.engine == "slurm":
+        from replicate.engine.slurm import SlurmEngine, parameters_of
+
+        parameters, per_job = parameters_of(arguments.slurm or []), arguments.points_per_job or 1
+        return lambda say: SlurmEngine(options, store, say, parameters=parameters, per_job=per_job)
+    from replicate.engine.local import LocalEngine
+
+    return lambda say: LocalEngine(options)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -331,14 +367,43 @@ def parser() -> argparse.ArgumentParser:
     )
 
     made = spec_command("run", run, "train every point that is not done; resumable", as_json=False)
-    made.add_argument("--engine", choices=ENGINES, default="local", help="where points run (default: local)")
     made.add_argument(
-        "--workers", type=_positive, help="points at a time (default: cores / threads, 1 on a GPU)"
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="where points run: processes here, a Dask cluster, Slurm jobs (default: local)",
     )
     made.add_argument(
-        "--threads", type=_positive, default=1, help="threads per worker (default: 1; can change bits)"
+        "--workers",
+        type=_positive,
+        help="points at a time (default: cores / threads, 1 on a GPU); slurm: jobs at a time (default: 256)",
     )
-    made.add_argument("--address", help="scheduler of the dask engine")
+    made.add_argument(
+        "--threads", type=_positive, default=1, help="threads per point (default: 1; can change bits)"
+    )
+    made.add_argument(
+        "--address",
+        metavar="tcp://HOST:PORT",
+        help="dask: scheduler of an existing cluster (default: a cluster of --workers processes here)",
+    )
+    made.add_argument(
+        "--resources",
+        nargs="+",
+        metavar="NAME=AMOUNT",
+        help="dask: what a point takes of a worker's declared resources, for example GPU=1",
+    )
+    made.add_argument(
+        "--slurm",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="slurm: sbatch options, for example partition=gpu timeout_min=240 gpus_per_node=1",
+    )
+    made.add_argument(
+        "--points-per-job",
+        type=_positive,
+        metavar="K",
+        help="slurm: points that a job runs in turn (default: 1)",
+    )
     _device(made)
     _only_argument(made)
     made.add_argument("--retry-failed", action="store_true", help="run failed points again")

@@ -82,7 +82,8 @@ def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
     return Estimate(point, *counts, total, point.steps * seconds_per_step)
 
 
-def _cell(point: Point) -> tuple[str, str, str, str]:
+def cell(point: Point) -> tuple[str, str, str, str]:
+    """Points of one cell take the same time per step."""
     return point.molecule.name, point.ansatz.name, point.size, point.variant
 
 
@@ -94,12 +95,12 @@ def measured_speeds(points: Iterable[Point], store: Store) -> dict[tuple[str, st
     opened = 0
     for point in sorted(points, key=lambda p: -p.steps):
         path = store.point_path(point.id)
-        if _cell(point) in speeds or opened >= MEASURED_POINTS or not path.exists():
+        if cell(point) in speeds or opened >= MEASURED_POINTS or not path.exists():
             continue
         opened += 1
         try:
             with netCDF4.Dataset(path) as data:
-                speeds[_cell(point)] = float(data["wall_seconds"][...]) / point.steps
+                speeds[cell(point)] = float(data["wall_seconds"][...]) / point.steps
         except (OSError, IndexError, RuntimeError):  # `run` and `collect` deal with unreadable files
             continue
     return speeds
@@ -108,7 +109,7 @@ def measured_speeds(points: Iterable[Point], store: Store) -> dict[tuple[str, st
 def estimates(study: Study, store: Store) -> list[Estimate]:
     """One estimate per point, in the order of the study."""
     speeds = measured_speeds(study.points, store) if store.points.is_dir() else {}
-    return [estimate(point, speeds.get(_cell(point))) for point in study.points]
+    return [estimate(point, speeds.get(cell(point))) for point in study.points]
 
 
 def longest_first(points: Iterable[Point], known: Iterable[Estimate]) -> list[Point]:

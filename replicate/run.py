@@ -26,7 +26,7 @@ from replicate import provenance
 from replicate.molecule import Molecule, load_molecule
 from replicate.plan import estimated_parts
 from replicate.spec import SCHEMA, CheckpointSpec, MoleculeSpec, Point
-from replicate.store import Store
+from replicate.store import Store, StoreError
 from replicate.trainer import Checkpoint, train
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def run_point(
     run = train(point, molecule, device=device, resume=resume)
     kept = set(record_grid(point.steps).tolist())
     began = last_time = time.perf_counter()
-    last_step = progress.step
+    last_step, troubled = progress.step, False
     earlier, earlier_parts, earlier_flops = progress.wall_seconds, progress.wall_parts, progress.flops_parts
 
     def clock() -> None:
@@ -243,7 +243,14 @@ def run_point(
         )
         if stopping or due:
             clock()
-            store.write_checkpoint(point.id, progress.into(run.checkpoint()))
+            try:
+                store.write_checkpoint(point.id, progress.into(run.checkpoint()))
+            except StoreError as error:
+                if stopping:
+                    raise
+                if not troubled:  # the last checkpoint is whole and there may be room again by the end
+                    store.warn(f"{error}; {point} goes on without this checkpoint")
+                troubled = True
             last_time, last_step = time.perf_counter(), progress.step
         if stopping:
             return None
@@ -338,8 +345,8 @@ def format_uncertain(value: float, error: float) -> str:
     return f"{value:.{digits}f}({last})" if digits > 0 else f"{value:.0f}({round(error)})"
 
 
-def summarise(point: Point, data: Mapping[Any, Any]) -> str:
-    """One finished point in one line, uncertainty with the value."""
+def summarise(point: Point | str, data: Mapping[Any, Any]) -> str:
+    """One finished point (or its title) in one line, uncertainty with the value."""
     energy = format_uncertain(float(data["energy"]), float(data["energy_stderr"]))
     return (
         f"{point}: {energy} Ha, variance {float(data['variance']):.2e} Ha^2, "

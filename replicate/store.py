@@ -2,7 +2,7 @@
 
     artifacts/<study>/points/<id>.nc           written once: temporary file, fsync, rename
     artifacts/<study>/points/<id>.ckpt         tensors and JSON, replaced atomically; gone when done
-    artifacts/<study>/points/<id>.claim        who works on it; stale ones are taken over
+    artifacts/<study>/points/<id>.claim        who works on it; those of the dead are taken over
     artifacts/<study>/points/<id>.error.json   why it failed
 
 A file that cannot be read is moved aside (`<name>.corrupt`), never deleted, and its point runs again.
@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +40,8 @@ FULL_BYTES = (
     2**16
 )  # less than this left after a failed write: the disk is full, whatever the library calls it
 LEFTOVER_SECONDS = 3600.0  # temporary files older than this belong to nobody
-STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over
+STALE_SECONDS = 300.0  # a claim of another machine without a heartbeat for this long is taken over...
+WATCHED_SECONDS = 45.0  # ...once it has been seen without one for this long by a clock that never jumps
 
 
 class StoreError(Exception):
@@ -71,13 +73,18 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, keep_equal: bool = False) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, durably and in one instant.
 
     `keep_equal`: leave a file of the same bytes as it is, with its time stamp.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with _reported(path, "be written"):
         try:
             try:
@@ -124,9 +131,10 @@ def _load(path: Path) -> xr.Dataset:
 
 @cache
 def _machine() -> str:
-    """This machine since its last boot: process ids mean something only within it."""
+    """This machine since its last boot, and the container: process ids mean something only within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot += " " + Path("/proc/self/ns/pid").readlink().name
     except OSError:
         boot = ""
     return f"{platform.node()} {boot}".strip()
@@ -198,7 +206,8 @@ class Store:
     def __init__(self, root: Path, warn: Callable[[str], None] | None = None) -> None:
         self.root = root
         self.points = root / "points"
-        self._warn = warn or (lambda line: None)
+        self.warn = warn or (lambda line: None)
+        self._watched: dict[Path, tuple[int, float]] = {}  # foreign claims: time stamp, since when unchanged
 
     @classmethod
     def of(cls, study: Study, artifacts: Path, warn: Callable[[str], None] | None = None) -> Store:
@@ -209,7 +218,7 @@ class Store:
         """Make the folders and see that they can be written; raises StoreError."""
         with _reported(self.points, "be written"):
             self.points.mkdir(parents=True, exist_ok=True)
-            probe = self.points / f".probe.{os.getpid()}.tmp"
+            probe = _temporary(self.points / "probe")
             probe.write_text("", encoding="utf-8")
             now = probe.stat().st_mtime
             probe.unlink()
@@ -285,7 +294,7 @@ class Store:
     def _reject(self, path: Path, error: Exception) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kept = move_aside(path)
-        self._warn(f"{path}: unreadable ({reason}); kept as {kept.name}, its point runs again")
+        self.warn(f"{path}: unreadable ({reason}); kept as {kept.name}, its point runs again")
 
     # -- checkpoints
 
@@ -322,7 +331,7 @@ class Store:
     # -- claims
 
     def claim(self, point_id: str) -> Claim | None:
-        """The exclusive right to run a point, or None if somebody alive has it."""
+        """The exclusive right to run a point, or None if somebody has it who may be alive (see `free`)."""
         path = self.claim_path(point_id)
         content = json.dumps(
             {
@@ -336,28 +345,70 @@ class Store:
             self.points.mkdir(parents=True, exist_ok=True)
             with (self.points / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # two sweeps must not both take over one stale claim
-                if path.exists() and self._alive(path):
+                if path.exists() and self._owner_lives(path) is not False:
                     return None
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                temporary = _temporary(path)
                 temporary.write_text(content, encoding="utf-8")
                 temporary.replace(path)
         return Claim(path, content)
 
-    def _alive(self, path: Path) -> bool:
+    def free(self, point_id: str) -> bool:
+        """Whether nobody holds a point, after taking the claim of the dead away. To be asked again and again.
+
+        The claim of another machine has to be watched: a clock that jumped forward makes a living one look
+        old, one that jumped back makes a dead one look new for ever.
+        """
+        path = self.claim_path(point_id)
+        with _reported(path, "be removed"):
+            if not path.exists():
+                return True
+            with (self.points / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._owner_lives(path) is None and self._watched_to_death(path):
+                    path.unlink(missing_ok=True)
+                return not (path.exists() and self._owner_lives(path) is not False)
+
+    def _watched_to_death(self, path: Path) -> bool:
+        """Whether an unchanged claim was seen here for long: less is enough if it is old already."""
+        try:
+            touched = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        known, since = self._watched.get(path, (None, 0.0))
+        if known != touched:
+            since = time.monotonic()
+            self._watched[path] = (touched, since)
+        old = self._filesystem_time() - touched / 1e9 >= STALE_SECONDS
+        return time.monotonic() - since >= (WATCHED_SECONDS if old else STALE_SECONDS)
+
+    @staticmethod
+    def _owner_lives(path: Path) -> bool | None:
+        """Whether the owner of a claim is alive, None if nobody here can know (another machine; torn)."""
         try:
             owner = json.loads(path.read_text(encoding="utf-8"))
             if owner["machine"] == _machine():
                 return _process_start(owner["pid"]) == owner["start"]
-            touched = path.stat().st_mtime
         except FileNotFoundError:
             return False
-        except (ValueError, KeyError, TypeError):  # torn by a crash: the heartbeat has to tell
-            touched = path.stat().st_mtime
-        return bool(self._filesystem_time() - touched < STALE_SECONDS)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return None
+
+    def _looks_alive(self, path: Path) -> bool:
+        """At one look: the owner is alive, or its heartbeat is recent."""
+        lives = self._owner_lives(path)
+        try:
+            return (
+                abs(self._filesystem_time() - path.stat().st_mtime) < STALE_SECONDS
+                if lives is None
+                else lives
+            )
+        except FileNotFoundError:
+            return False
 
     def _filesystem_time(self) -> float:
         """Now, by the clock that stamps the claims: clocks of two machines differ, and clocks jump."""
-        probe = self.points / f".clock.{os.getpid()}.tmp"
+        probe = _temporary(self.points / "clock")
         try:
             probe.touch()
             return probe.stat().st_mtime
@@ -397,7 +448,7 @@ class Store:
             return PointStatus("done")
         checkpoint = self.checkpoint_path(point_id).exists()
         claim = self.claim_path(point_id)
-        if claim.exists() and self._alive(claim):
+        if claim.exists() and self._looks_alive(claim):
             return PointStatus("running", checkpoint=checkpoint)
         error = self.read_error(point_id)
         if error is not None:

@@ -214,8 +214,16 @@ def test_verify_allows_rounding_on_another_machine_only(trained: tuple[Study, St
     ("arguments", "message"),
     [
         (
-            ["run", "tiny.toml", "--engine", "dask"],
-            "--engine dask: not available in this version; allowed local",
+            ["run", "tiny.toml", "--address", "tcp://127.0.0.1:8786"],
+            "--address: only with --engine dask",
+        ),
+        (
+            ["run", "tiny.toml", "--engine", "dask", "--resources", "GPU"],
+            "--resources GPU: expected NAME=AMOUNT, for example GPU=1",
+        ),
+        (
+            ["run", "tiny.toml", "--engine", "slurm", "--slurm", "partition"],
+            "--slurm partition: expected KEY=VALUE, for example partition=gpu timeout_min=240",
         ),
         (
             ["run", "tiny.toml", "--only", "0123456789ab"],

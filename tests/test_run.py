@@ -18,7 +18,8 @@ import pytest
 import xarray as xr
 
 from replicate import run as run_module
-from replicate.engine.local import Options, sweep
+from replicate.engine.base import Options
+from replicate.engine.sweep import sweep
 from replicate.flops import estimate_sample
 from replicate.run import format_uncertain, record_grid, run_point
 from replicate.spec import CheckpointSpec, Point, load_study
@@ -324,14 +325,14 @@ def test_two_sweeps_share_the_work(write_spec: WriteSpec, tmp_path: Path) -> Non
 
 
 def test_sweep_of_finished_points_starts_no_worker(
-    write_spec: WriteSpec, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    write_spec: WriteSpec, tmp_path: Path, cache: Path
 ) -> None:
     study = load_study(write_spec())
     store = Store.of(study, tmp_path / "artifacts")
     store.prepare()
     run_point(study.points[0], store, cache=cache)
-    monkeypatch.setattr("multiprocessing.get_context", lambda *_: pytest.fail("a worker was started"))
-    outcome = sweep(study, study.points, Options(workers=1, artifacts=tmp_path / "artifacts"))
+    options = Options(workers=1, artifacts=tmp_path / "artifacts")
+    outcome = sweep(study, study.points, options, lambda say: pytest.fail("an engine was started"))
     assert outcome.skipped == [study.points[0].id]
     assert (outcome.done, outcome.failed, outcome.interrupted) == ([], {}, False)
 

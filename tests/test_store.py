@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,15 @@ import xarray as xr
 
 from replicate import store as store_module
 from replicate.spec import AnsatzSpec, MoleculeSpec, PhaseSpec, Point
-from replicate.store import STALE_SECONDS, Store, StoreError, move_aside, replacing
+from replicate.store import (
+    HEARTBEAT_SECONDS,
+    STALE_SECONDS,
+    WATCHED_SECONDS,
+    Store,
+    StoreError,
+    move_aside,
+    replacing,
+)
 from replicate.trainer import Checkpoint
 
 ID = "0123456789ab"
@@ -260,34 +269,102 @@ def test_claim_of_a_process_id_that_was_reused_is_stale(store: Store) -> None:
     taken.release()
 
 
-@pytest.mark.parametrize(
-    ("age", "free"), [(0.0, False), (STALE_SECONDS - 60, False), (STALE_SECONDS + 1, True)]
-)
-def test_claim_of_another_machine_lives_by_its_heartbeat(store: Store, age: float, free: bool) -> None:
+@pytest.fixture
+def monotonic(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the steady clock run on by so many seconds."""
+    passed = 0.0
+
+    def run_on(seconds: float) -> None:
+        nonlocal passed
+        passed += seconds
+
+    real = time.monotonic
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: real() + passed)
+    return run_on
+
+
+def foreign_claim(store: Store, age: float) -> Path:
+    """A claim of another machine whose last heartbeat was `age` seconds ago by the clock of the folder."""
     path = store.claim_path(ID)
     path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "start": 1, "t": 0}), encoding="utf-8")
     os.utime(path, (time.time() - age, time.time() - age))
-    claim = store.claim(ID)
-    assert (claim is not None) is free
-    if claim is not None:
-        claim.release()
+    return path
 
 
-def test_torn_claim_is_taken_over_only_when_old(store: Store) -> None:
-    path = store.claim_path(ID)
-    path.write_text('{"mach', encoding="utf-8")
+def test_stale_claim_of_another_machine_is_taken_over(
+    store: Store, monotonic: Callable[[float], None]
+) -> None:
+    foreign_claim(store, STALE_SECONDS + 60)
+    assert store.status(ID).state == "missing"
+    assert not store.free(ID)  # old at the first look: watched before it is believed
     assert store.claim(ID) is None
-    os.utime(path, (0, 0))
+    monotonic(WATCHED_SECONDS)
+    assert store.free(ID)
     claim = store.claim(ID)
     assert claim is not None
     claim.release()
 
 
+def test_claim_of_another_machine_lives_by_its_heartbeat(
+    store: Store, monotonic: Callable[[float], None]
+) -> None:
+    path = foreign_claim(store, 0)
+    for _ in range(100):  # of a point that takes hours
+        assert not store.free(ID)
+        monotonic(HEARTBEAT_SECONDS)
+        os.utime(path)
+    assert store.status(ID).state == "running"
+    assert store.claim(ID) is None
+
+
+def test_clock_that_jumps_forward_kills_no_claim(store: Store, monotonic: Callable[[float], None]) -> None:
+    """A day passes for the folder within seconds: what was touched just now looks a day old."""
+    path = foreign_claim(store, 86400)
+    assert not store.free(ID)
+    monotonic(HEARTBEAT_SECONDS)
+    os.utime(path, (time.time() - 86385, time.time() - 86385))  # its next heartbeat, by its own clock
+    monotonic(WATCHED_SECONDS - HEARTBEAT_SECONDS)
+    assert not store.free(ID)
+    assert path.exists()
+
+
+def test_clock_that_jumps_back_keeps_no_dead_claim(store: Store, monotonic: Callable[[float], None]) -> None:
+    """The last heartbeat of a dead machine lies a year ahead: it must not hold its point for a year."""
+    foreign_claim(store, -365 * 86400)
+    assert store.status(ID).state == "missing"
+    assert not store.free(ID)
+    monotonic(STALE_SECONDS)
+    assert store.free(ID)
+
+
+def test_own_claims_know_no_clock(store: Store, monotonic: Callable[[float], None]) -> None:
+    """On one machine the process tells: neither an old nor a future stamp matters."""
+    with hold(store) as process:
+        assert process.stdout.readline() == "held\n"
+        for jump in (-(10**6), 10**6):
+            os.utime(store.claim_path(ID), (time.time() + jump, time.time() + jump))
+            monotonic(10 * STALE_SECONDS)
+            assert not store.free(ID)
+            assert store.claim(ID) is None
+        process.kill()
+        process.wait()
+        assert store.free(ID)
+
+
+def test_torn_claim_is_watched_like_a_foreign_one(store: Store, monotonic: Callable[[float], None]) -> None:
+    path = store.claim_path(ID)
+    path.write_text('{"mach', encoding="utf-8")
+    assert store.claim(ID) is None
+    assert not store.free(ID)
+    monotonic(STALE_SECONDS)
+    assert store.free(ID)
+
+
 def test_one_of_many_takes_over_a_stale_claim(store: Store) -> None:
     for _ in range(5):
         path = store.claim_path(ID)
-        path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "start": 1, "t": 0}), encoding="utf-8")
-        os.utime(path, (0, 0))
+        mine = {"machine": store_module._machine(), "pid": os.getpid(), "start": 1, "t": 0}  # a reused id
+        path.write_text(json.dumps(mine), encoding="utf-8")
         with ThreadPoolExecutor(8) as pool:
             claims = [claim for claim in pool.map(lambda _: store.claim(ID), range(8)) if claim]
         assert len(claims) == 1
