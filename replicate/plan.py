@@ -121,8 +121,9 @@ def longest_first(points: Iterable[Point], known: Iterable[Estimate]) -> list[Po
 def plan_record(study: Study, store: Store) -> dict[str, Any]:
     """The JSON of `plan --json`."""
     rows: list[dict[str, Any]] = []
-    for item in estimates(study, store):
-        point, status = item.point, store.status(item.point.id)
+    states = store.statuses(point.id for point in study.points)
+    for item, status in zip(estimates(study, store), states, strict=True):
+        point = item.point
         total = None if item.n_modulus is None or item.n_phase is None else item.n_modulus + item.n_phase
         rows.append(
             {

@@ -1,20 +1,22 @@
 """kill -9 at random moments of a whole sweep and of its collection: nothing lost, nothing trained twice.
 
-The short version runs with the suite; `REPLICATE_KILLS=100 make test-slow` is the long one.
+The short version runs with the suite; the long one is
+`REPLICATE_KILLS=100 python -m pytest -s tests/test_crash.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import xarray as xr
 
 from replicate.spec import load_study
@@ -23,13 +25,13 @@ from replicate.store import Store
 WriteSpec = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("wall_seconds", "evaluation_seconds", "peak_memory_bytes")
-KILLS = int(os.environ.get("REPLICATE_KILLS", "8"))
+KILLS = int(os.environ.get("REPLICATE_KILLS", "4"))
 
 CHANGES = [
     ('molecules = ["H2"]', 'molecules = ["H2", "LiH"]'),
     ('ansatze = ["made"]', 'ansatze = ["made", "transformer", "retnet"]'),
-    ("steps = [3]", "steps = [150, 600]"),
-    ("[phase]\n", "[checkpoint]\nsteps = 20\nseconds = 0.0\n\n[phase]\n"),
+    ("steps = [3]", "steps = [40, 160]"),
+    ("[phase]\n", "[checkpoint]\nsteps = 5\nseconds = 0.0\n\n[phase]\n"),
 ]
 
 
@@ -60,7 +62,33 @@ def numbers(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.slow
+# What is struck, in turns: most of all what writes.
+TARGETS = (".ckpt.", "work", ".nc.", ".cube.nc.", ".ckpt.", "work", ".nc.", "start")
+
+
+def strike(process: subprocess.Popen[bytes], store: Store, random: np.random.Generator, what: str) -> None:
+    """Return at a random moment of the life of a sweep or a collection: by what it does, not by the clock.
+
+    `what`: start (imports, claims), work (after some checkpoints and points), or part of the name of a file that
+    is being written.
+    """
+    changes, seen = int(random.integers(1, 60)), set[tuple[str, int]]()
+    if what == "start":
+        time.sleep(random.uniform(0.0, 4.0))
+        return
+    while process.poll() is None:
+        for folder in (store.points, store.root):
+            for file in os.scandir(folder):
+                if what in file.name and file.name.endswith(".tmp"):
+                    time.sleep(random.uniform(0.0, 0.01))
+                    return
+                with contextlib.suppress(FileNotFoundError):
+                    seen.add((file.name, file.stat().st_mtime_ns))
+        if what == "work" and len(seen) > changes:
+            return
+        time.sleep(0.0005)
+
+
 def test_killed_sweep_ends_in_the_same_cube(write_spec: WriteSpec, tmp_path: Path) -> None:
     path = write_spec(*CHANGES)
     study = load_study(path)
@@ -68,11 +96,13 @@ def test_killed_sweep_ends_in_the_same_cube(write_spec: WriteSpec, tmp_path: Pat
 
     artifacts = tmp_path / "stormy"
     store = Store.of(study, artifacts)
+    store.points.mkdir(parents=True)
     random = np.random.default_rng(0)
-    finished: dict[str, int] = {}  # point -> inode and time of its file: a second training would change it
-    kills = 0
-    while kills < KILLS:
-        command = ["collect", path] if kills % 8 == 7 else ["run", path, "--workers", 1]
+    finished: dict[str, int] = {}  # point -> time of its file: a second training would change it
+    counts: Counter[str] = Counter(kills=0)
+    while counts["kills"] < KILLS:
+        what = TARGETS[counts["kills"] % len(TARGETS)]
+        command = ["collect", path] if what == ".cube.nc." else ["run", path, "--workers", 1]
         process = subprocess.Popen(
             replicate(*command, "--artifacts", artifacts),
             stdout=subprocess.DEVNULL,
@@ -80,24 +110,33 @@ def test_killed_sweep_ends_in_the_same_cube(write_spec: WriteSpec, tmp_path: Pat
             cwd=ROOT,
             start_new_session=True,
         )
-        time.sleep(random.uniform(1.0, 7.0))  # some of it in start-up, most of it in training and writing
+        strike(process, store, random, what)
         alive = process.poll() is None
         if alive:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        kills += 1
+        counts["kills"] += alive
+        halves = [p for folder in (store.points, store.root) for p in folder.glob(".*.tmp")]
+        for kind in ("ckpt", "nc", "claim"):
+            counts[f"in the act of writing .{kind}"] += any(f".{kind}." in p.name for p in halves)
+        for half in halves:  # so that the next one is a new one; a sweep takes them away after an hour
+            half.unlink()
         for file in store.points.glob("*.nc"):
             stamp = file.stat().st_mtime_ns
             assert finished.setdefault(file.stem, stamp) == stamp, f"{file.name} was written twice"
-        for point_id in [*finished]:
-            assert store.read_point(point_id) is not None, f"{point_id} is unreadable"
+        for point_id in finished:
+            assert store.read_point(point_id) is not None, f"{point_id} is lost or unreadable"
         if len(finished) == len(study.points):  # all done early: start the storm again
+            counts["whole sweeps"] += 1
             for file in store.points.iterdir():
                 file.unlink()
             finished.clear()
     finish(path, artifacts)
+    for point_id, stamp in finished.items():
+        assert store.point_path(point_id).stat().st_mtime_ns == stamp, f"{point_id} was written twice"
     assert not list(store.points.glob("*.corrupt*"))
     calm, stormy = numbers(tmp_path / "calm/tiny/cube.nc"), numbers(artifacts / "tiny/cube.nc")
     assert calm.keys() == stormy.keys()
     for name, values in calm.items():
         np.testing.assert_array_equal(values, stormy[name], err_msg=name)
+    sys.stdout.write(f"kill -9: {dict(sorted(counts.items()))}\n")  # shown by `pytest -s`

@@ -505,3 +505,18 @@ def test_status_of_every_state(store: Store) -> None:
         assert store.status(ID).state == "running"
         store.write_point(ID, dataset())
     assert store.status(ID).state == "done"
+
+
+def test_states_of_many_points_are_those_of_each(store: Store) -> None:
+    ids = [f"{number:012x}" for number in range(6)]
+    store.write_point(ids[0], dataset(ids[0]))
+    store.write_checkpoint(ids[1], checkpoint())
+    store.error_path(ids[2]).write_text('{"error": "x"}', encoding="utf-8")
+    claim = store.claim(ids[3])
+    assert claim is not None
+    with claim:
+        assert store.statuses(ids) == [store.status(point_id) for point_id in ids]
+        assert [s.state for s in store.statuses(ids)] == ["done", "missing", "failed", "running"] + 2 * [
+            "missing"
+        ]
+    assert Store(store.root / "nowhere").statuses(ids[:1])[0].state == "missing"

@@ -43,13 +43,20 @@ def through_disk(saved: Checkpoint) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("sampling", "annealing"),
+    [("exponential", 0.5), ("exponential", 1.0), ("constant", None)],  # to the restart, beyond it, never
+)
 @pytest.mark.parametrize("regime", ["whole", "tree"])
-def test_half_a_run_and_the_rest_is_a_run(kind: str, schedule: str, regime: str) -> None:
+def test_half_a_run_and_the_rest_is_a_run(
+    kind: str, schedule: str, sampling: str, annealing: float | None, regime: str
+) -> None:
     """k steps + restart + k steps = 2k steps, bit for bit: records, weights and the final evaluation."""
+    anneal = {"annealing_lambda": 0.1, "annealing_fraction": annealing} if annealing else {}
     point = make_point(
         kind=kind,
-        train=TrainSpec(schedule=schedule, warmup_fraction=0.2, annealing_lambda=0.1),
-        sampling=SamplingSpec(regime=regime, batch_max=40),
+        train=TrainSpec(schedule=schedule, warmup_fraction=0.2, **anneal),
+        sampling=SamplingSpec(regime=regime, schedule=sampling, batch_max=40),
     )
     mol = molecule("LiH")
     straight = train(point, mol)

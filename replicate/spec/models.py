@@ -10,6 +10,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -44,6 +46,13 @@ class Model(BaseModel):
     """Immutable, exact types, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changes; what was derived from the fields is derived anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in set(copied.__dict__) - set(type(self).model_fields):
+            del copied.__dict__[name]
+        return copied
 
 
 def _whole(value: Any) -> Any:
@@ -152,7 +161,7 @@ class MoleculeSpec(Model):
         counts = [sto3g_orbitals(ATOMIC_NUMBER[atom[0]]) for atom in self.atoms]
         return None if None in counts else sum(count for count in counts if count)
 
-    @property
+    @cached_property
     def n_spin_orbitals(self) -> int | None:
         """n, or None where only a chemistry program can tell."""
         minimal = self._minimal_basis()
@@ -174,7 +183,7 @@ class MoleculeSpec(Model):
         electrons = self.n_electrons
         return None if electrons is None else (electrons - self.multiplicity + 1) // 2
 
-    @property
+    @cached_property
     def search_space(self) -> int | None:
         """|S| = C(n/2, n_alpha) C(n/2, n_beta) (SCIENCE section 5)."""
         n, alpha, beta = self.n_spin_orbitals, self.n_alpha, self.n_beta
@@ -404,6 +413,9 @@ class StudyFile(Model):
     checkpoint: CheckpointSpec = CheckpointSpec()
 
 
+_canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 class Point(Model):
     """One training run, fully resolved. `id` covers all that changes its result, and nothing else."""
 
@@ -453,11 +465,10 @@ class Point(Model):
             "steps": self.steps,
         }
 
-    @property
+    @cached_property
     def id(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON of `identity`."""
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        return hashlib.sha256(_canonical_json(self.identity()).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
         variant = "" if self.variant == "base" else f" {self.variant}"
