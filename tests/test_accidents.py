@@ -20,9 +20,11 @@ import pytest
 from test_engines import replicate, run, wait_for
 from test_run import LONG, assert_same_bits
 
+from replicate import cube as cube_module
 from replicate import run as run_module
 from replicate.cli import main
 from replicate.run import run_point
+from replicate.scaling import table
 from replicate.spec import CheckpointSpec, Study, load_study
 from replicate.store import Store, StoreError
 
@@ -205,6 +207,7 @@ def test_cube_of_another_schema_is_refused_and_left_alone(
     with netCDF4.Dataset(cube, "a") as file:
         file.setncattr("schema", 99)
     before = cube.read_bytes()
+    assert table.CUBE_SCHEMA == cube_module.CUBE_SCHEMA
     capsys.readouterr()
     assert main(["fit", str(cube)]) == 2
     assert "cube of schema 99; this version reads 1: collect it again" in capsys.readouterr().err

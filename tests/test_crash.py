@@ -69,8 +69,8 @@ TARGETS = (".ckpt.", "work", ".nc.", ".cube.nc.", ".ckpt.", "work", ".nc.", "sta
 def strike(process: subprocess.Popen[bytes], store: Store, random: np.random.Generator, what: str) -> None:
     """Return at a random moment of the life of a sweep or a collection: by what it does, not by the clock.
 
-    `what`: start (imports, claims), work (after some checkpoints and points), or part of the name of a file that
-    is being written.
+    `what`: start (imports, claims), work (after some checkpoints and points), or part of the name of a file
+    that is being written.
     """
     changes, seen = int(random.integers(1, 60)), set[tuple[str, int]]()
     if what == "start":

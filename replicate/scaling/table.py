@@ -24,6 +24,7 @@ NEEDED = ("energy", "energy_stderr", "variance", "search_fraction", "d_prime", "
 COUNTS = {"N": "n_total", "M": "n_modulus", "P": "n_phase"}
 VARIABLES = ("N", "M", "P", "D", "T", "S")
 FLOPS = ("flops_estimated", "flops_executed")
+CUBE_SCHEMA = 1  # what `collect` writes (cube.py loads torch; a test compares)
 NOT_PLANNED = "not planned"
 #: Below so many unique samples a sampled variance says nothing: a collapsed sampler reports Var = 0.
 MIN_UNIQUE = 30
@@ -184,6 +185,11 @@ def _check_layout(tree: xr.DataTree, name: str) -> None:
     missing = [g for g in ("final", "molecule") if g not in tree.children]
     if missing:
         raise UserError(f"{name}: no group /{', /'.join(missing)}: not a cube")
+    schema = tree.attrs.get("schema", CUBE_SCHEMA)
+    if schema != CUBE_SCHEMA:
+        raise UserError(
+            f"{name}: cube of schema {schema}; this version reads {CUBE_SCHEMA}: collect it again"
+        )
     final = tree["final"].to_dataset()
     absent = [v for v in (*NEEDED, *COUNTS.values()) if v not in final.variables]
     absent += [f"dimension {d}" for d in AXES if d not in final.dims]

@@ -1,0 +1,179 @@
+"""What a sweep costs beyond its training: planning, each point, collecting.
+
+python -m benchmarks.bench_sweep        every number beside the limit that it must keep
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from replicate.engine.base import Options
+from replicate.engine.local import LocalEngine
+from replicate.engine.sweep import sweep
+from replicate.run import run_point
+from replicate.spec import Study, load_study
+from replicate.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+PLANNED, COLLECTED, SWEPT = 5040, 1008, 96  # points, multiples of the spec's 24 per seed and T
+LIMITS = {"plan": 2.0, "collect": 10.0, "overhead": 0.050}  # s, s, s per point
+
+SPEC = """\
+study = "bench"
+molecules_file = "{molecules}"
+molecules = ["H2", "LiH"]
+ansatze = ["made", "transformer", "retnet"]
+sizes = ["a", "b", "c", "d"]
+seeds = {seeds}
+
+[train]
+steps = {steps}
+learning_rate = 1e-3
+
+[phase]
+width = 8
+
+[ansatz.made]
+sizes = {{ a = {{ width = 4 }}, b = {{ width = 8 }}, c = {{ width = 16 }}, d = {{ width = 32 }} }}
+
+[ansatz.transformer]
+heads = 2
+layers = 1
+ff = 8
+sizes = {{ a = {{ d = 4 }}, b = {{ d = 8 }}, c = {{ d = 16 }}, d = {{ d = 32 }} }}
+
+[ansatz.retnet]
+heads = 2
+layers = 1
+ff = 8
+sizes = {{ a = {{ d = 4 }}, b = {{ d = 8 }}, c = {{ d = 16 }}, d = {{ d = 32 }} }}
+"""
+
+
+def make_study(folder: Path, points: int, steps: list[int]) -> Study:
+    """A study of so many points, 24 for each T and seed."""
+    seeds = list(range(points // (24 * len(steps))))
+    text = SPEC.format(molecules=ROOT / "specs" / "molecules.toml", seeds=seeds, steps=steps)
+    path = folder / "bench.toml"
+    path.write_text(text, encoding="utf-8")
+    study = load_study(path)
+    assert len(study.points) == points
+    return study
+
+
+def command(*arguments: object) -> tuple[float, float]:
+    """(seconds, peak MB) of a command of the package in a process of its own, imports included."""
+    before = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "replicate", *map(str, arguments)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest child so far
+    return time.perf_counter() - before, peak / 1024
+
+
+@contextlib.contextmanager
+def filled(points: int) -> Iterator[tuple[Study, Path]]:
+    """A study whose points are all stored: one of each molecule and T is trained, the others are copies."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        study = make_study(folder, points, [200, 800])
+        store = Store.of(study, folder)
+        store.prepare()
+        trained = {}
+        for point in study.points:
+            key = (point.molecule.name, point.steps)
+            if key not in trained:
+                trained[key] = run_point(point, store, cache=folder / ".molecules")
+            data = trained[key]
+            assert data is not None
+            store.write_point(point.id, data.assign_attrs(point_id=point.id))
+        yield study, folder
+
+
+@cache
+def plan_seconds() -> float:
+    """`plan` of a study of which nothing has run."""
+    with tempfile.TemporaryDirectory() as name:
+        study = make_study(Path(name), PLANNED, [100, 200, 400, 800, 1600, 3200])
+        return min(command("plan", study.path, "--artifacts", name)[0] for _ in range(3))
+
+
+@cache
+def collect_cost(points: int) -> tuple[float, float]:
+    """(seconds, peak MB) of `collect`."""
+    with filled(points) as (study, folder):
+        return command("collect", study.path, "--artifacts", folder)
+
+
+@cache
+def overhead_seconds() -> float:
+    """Time per point beyond training and evaluation, on the local engine with one worker, after its imports.
+
+    From the end of the first point to the end of the last: claims, wave function, sector, provenance, file,
+    report.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        study = make_study(Path(name), SWEPT, [2])
+        first = study.points[:1]
+        ends: list[float] = []
+
+        class Watched(LocalEngine):
+            def wait(self, seconds: float) -> None:
+                super().wait(seconds)
+                ends.append(time.perf_counter())
+
+        options = Options(workers=1, device="cpu", artifacts=Path(name))
+        warm = [point for point in study.points if point.molecule.name == first[0].molecule.name]
+        outcome = sweep(study, warm, options, lambda say: Watched(options))
+        assert len(outcome.done) == len(warm)
+        store, training = Store.of(study, Path(name)), 0.0
+        for point in warm[1:]:
+            data = store.read_point(point.id)
+            assert data is not None
+            training += float(data["wall_seconds"]) + float(data["evaluation_seconds"])
+        return (ends[-1] - ends[0] - training) / (len(warm) - 1)
+
+
+class Sweep:
+    """The three numbers for asv."""
+
+    timeout = 600.0
+    unit = "s"
+
+    def track_plan_seconds(self) -> float:
+        return plan_seconds()
+
+    def track_collect_seconds(self) -> float:
+        return collect_cost(COLLECTED)[0]
+
+    def track_overhead_seconds(self) -> float:
+        return overhead_seconds()
+
+
+def main() -> int:
+    """Print every number; 1 if one is beyond its limit."""
+    few, (seconds, peak) = collect_cost(48)[1], collect_cost(COLLECTED)
+    found = {"plan": plan_seconds(), "collect": seconds, "overhead": overhead_seconds()}
+    texts = {
+        "plan": f"plan of {PLANNED} points",
+        "collect": f"collect of {COLLECTED} points (peak {peak:.0f} MB; of 48 points: {few:.0f} MB)",
+        "overhead": "a point beyond its training, local engine, after imports",
+    }
+    for name, text in texts.items():
+        sys.stdout.write(f"{text}: {found[name]:.3f} s (limit {LIMITS[name]} s)\n")
+    return int(any(found[name] > LIMITS[name] for name in LIMITS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
