@@ -20,7 +20,7 @@ from figures import style
 from figures.data import METRICS, Points, StudyData
 from figures.effects import usable
 from figures.fits import LawFit, summary, tails
-from figures.registry import Cell, Column, MissingData, Plot, Table, artefact
+from figures.registry import Cell, Column, MissingData, Plot, Table, artefact, gathered
 
 NEAR_LINEAR = (
     0.8,
@@ -152,6 +152,12 @@ def interior(study: StudyData, kind: str, metric: str) -> LawFit:
     return law
 
 
+def _power(value: float) -> str:
+    """A budget in a title: 2×10^11 with one digit."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"${mantissa}{{\\times}}10^{{{int(exponent)}}}$"
+
+
 def _within(cases: Sequence[tuple[str, str, LawFit, Cost]]) -> str:
     return f"{100 * math.expm1(max(cost.misfit for *_, cost in cases)):.0f} %"
 
@@ -175,7 +181,7 @@ def _cases(study: StudyData, notes: list[str]) -> list[tuple[str, str, LawFit, C
             except MissingData as gap:
                 notes.append(str(gap))
     if not found:
-        raise MissingData("no interior optimum: " + "; ".join(notes))
+        raise MissingData("no interior optimum: " + "; ".join(gathered(notes)))
     return found
 
 
@@ -212,7 +218,8 @@ def isoflop(study: StudyData) -> Plot:
             inside = (sizes >= cost.n_span[0]) & (sizes <= cost.n_span[1])
             shown.setdefault(metric, []).append(error[inside])
             alpha = 0.35 + 0.65 * b / (_BUDGETS - 1)
-            axis.plot(sizes, error, color=look.color, lw=0.8, ls=":", alpha=alpha, gid=f"outside:{b}")
+            beyond = np.where(inside, np.nan, error)
+            axis.plot(sizes, beyond, color=look.color, lw=0.8, ls=":", alpha=alpha, gid=f"outside:{b}")
             axis.plot(sizes[inside], error[inside], color=look.color, lw=1.3, alpha=alpha, gid=f"isoflop:{b}")
             star = summary(best[:, b])
             at = float(law.value(star.value, cost.d_prime(budget, np.array(star.value)), where))
@@ -251,8 +258,10 @@ def isoflop(study: StudyData) -> Plot:
             )
         axis.axvspan(*cost.n_span, color=style.SOFT, alpha=0.1, lw=0, zorder=0)
         style.log_axis(axis, "x", [cost.n_span[0] / 12, cost.n_span[1] * 12], pad=1.0)
-        if metrics.index(metric) == 0:
-            axis.set_title(look.label)
+        if (metric, kind) == next(case[:2] for case in cases if case[1] == kind):
+            axes[0, kinds.index(kind)].set_title(
+                f"{look.label}, {_power(budgets[0])} to {_power(budgets[-1])} FLOP"
+            )
     for i, metric in enumerate(metrics):
         style.log_axis(axes[i, 0], "y", np.concatenate(shown[metric]), pad=1.6)
         axes[i, 0].set_ylabel(style.METRIC_LABEL[metric])
@@ -265,7 +274,7 @@ def isoflop(study: StudyData) -> Plot:
     style.legend_below(
         figure,
         [
-            Line2D([], [], color=style.SOFT, lw=1.3, label="equal FLOP (stronger: more)"),
+            Line2D([], [], color=style.SOFT, lw=1.3, label="equal FLOP"),
             Line2D([], [], color=style.SOFT, lw=0.8, ls=":", label="outside the data"),
             Line2D([], [], color=style.SOFT, marker="o", lw=1.6, label="optimum, 95 %"),
             Patch(color=style.SOFT, alpha=0.2, lw=0, label="N of the runs"),
@@ -276,7 +285,7 @@ def isoflop(study: StudyData) -> Plot:
         f"{min(spans):.1e} and {max(spans):.1e} FLOP, with the costs of {cases[0][3].molecule} (median "
         f"sector of the "
         f"study; the cost law is within {_within(cases)} of the runs). Shaded: sizes of the runs; dotted: "
-        f"extrapolation."
+        f"extrapolation. Stronger lines: more compute."
     )
     alt = "IsoFLOP curves of error against parameters with the optimum of each budget marked."
     columns = (
@@ -289,7 +298,9 @@ def isoflop(study: StudyData) -> Plot:
         "inside_data",
         "point_ids",
     )
-    return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
+    return Plot(
+        figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(gathered(notes))
+    )
 
 
 @artefact(
@@ -321,15 +332,23 @@ def front(study: StudyData) -> Plot:
         for j, values in enumerate((n, d, d / cost.fraction)):
             axis = axes[metrics.index(metric), j]
             seen[j] += values[0].tolist()
+            # The last inside budget belongs to both, so that the thin line meets the thick one.
+            outside = ~inside | np.append(~inside[1:], False) | np.append(False, ~inside[:-1])
             axis.plot(
-                budgets, values[0], color=look.color, ls=look.line, lw=0.8, alpha=0.8, gid=f"front:{kind}"
+                budgets,
+                np.where(outside, values[0], np.nan),
+                color=look.color,
+                ls=look.line,
+                lw=0.8,
+                alpha=0.8,
+                gid=f"front:{kind}",
             )
             axis.plot(
                 budgets,
                 np.where(inside, values[0], np.nan),
                 color=look.color,
                 ls=look.line,
-                lw=2.4,
+                lw=2.0,
                 gid=f"inside:{kind}",
             )
             if len(values) > 100:
@@ -355,7 +374,8 @@ def front(study: StudyData) -> Plot:
             axes[i, j].axvspan(low, high, color=style.SOFT, alpha=0.1, lw=0, zorder=0)
             axes[i, j].set_ylabel(label)
             style.log_axis(axes[i, j], "x", budgets, pad=1.0, max_ticks=4)
-        axes[i, 1].set_title(style.METRIC_NAME[metric])
+        for j in range(3):
+            axes[i, j].set_title(style.METRIC_NAME[metric])
     for j in range(3):
         style.log_axis(axes[0, j], "y", seen[j], pad=2)
     for axis in axes[-1]:
@@ -365,8 +385,9 @@ def front(study: StudyData) -> Plot:
         if isinstance(entry, Line2D):
             entry.set_marker("")
     handles += [
-        Line2D([], [], color=style.SOFT, lw=2.4, label="inside the data"),
-        Patch(color=style.SOFT, alpha=0.25, lw=0, label="95 % band / budgets of the runs"),
+        Line2D([], [], color=style.SOFT, lw=2.0, label="inside the data"),
+        Patch(color=style.ansatz_style(kinds[0], kinds).color, alpha=0.25, lw=0, label="95 % band"),
+        Patch(color=style.SOFT, alpha=0.2, lw=0, label="budgets of the runs"),
     ]
     style.legend_below(figure, handles)
     caption = (
@@ -388,7 +409,9 @@ def front(study: StudyData) -> Plot:
         "inside_data",
         "point_ids",
     )
-    return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
+    return Plot(
+        figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(gathered(notes))
+    )
 
 
 @artefact(
@@ -414,8 +437,8 @@ def exponent(study: StudyData) -> Plot:
                 continue
             cases.append((metric, kind, law, summary(law.ratio())))
     if not cases:
-        raise MissingData("no interior optimum: " + "; ".join(notes))
-    figure = style.new_figure(style.SINGLE + 0.6, 0.9 + 0.32 * len(cases))
+        raise MissingData("no interior optimum: " + "; ".join(gathered(notes)))
+    figure = style.new_figure(style.SINGLE + 0.6, 1.1 + 0.3 * len(cases))
     axis = figure.subplots()
     axis.axvspan(*NEAR_LINEAR, color=style.SOFT, alpha=0.15, lw=0, zorder=0)
     axis.axvline(LANGUAGE_MODEL_K, color=style.SOFT, lw=1.0, ls=(0, (3, 2)), gid="language models")
@@ -443,6 +466,13 @@ def exponent(study: StudyData) -> Plot:
     ends = [v for *_, k in cases for v in (k.low, k.high, k.value) if math.isfinite(v) and v > 0]
     style.log_axis(axis, "x", [*ends, *NEAR_LINEAR])
     axis.grid(False, axis="y")
+    style.legend_below(
+        figure,
+        [
+            Line2D([], [], color=style.SOFT, lw=1.0, ls=(0, (3, 2)), label="language models (k = 1)"),
+            Patch(color=style.SOFT, alpha=0.25, lw=0, label="near-linear"),
+        ],
+    )
     caption = (
         "Exponent of the optimal relation with 95 % bootstrap interval. Dashed: language models (k = 1); "
         "shaded: "
@@ -453,4 +483,6 @@ def exponent(study: StudyData) -> Plot:
         "at one."
     )
     columns = ("metric", "ansatz", "k", "n_runs", "point_ids")
-    return Plot(figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(notes))
+    return Plot(
+        figure, Table(tuple(Column(c, c) for c in columns), tuple(rows)), caption, alt, tuple(gathered(notes))
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from figures import style
 from figures.data import DIMS, METRICS, StudyData
@@ -87,9 +88,7 @@ def residual_figure(study: StudyData, metric: str) -> Plot:
         else:
             style.log_axis(axis, "x", np.concatenate([c[name] for c in columns]), max_ticks=4)
         axis.set_xlabel(
-            style.METRIC_LABEL[metric].replace("(", "fitted (")
-            if name == "fitted"
-            else style.AXIS_LABEL[name]
+            f"fitted {style.METRIC_LABEL[metric]}" if name == "fitted" else style.AXIS_LABEL[name]
         )
     reach = float(np.quantile(np.abs(numbers(rows, "residual")), 0.995))
     axes[0].set_ylim(-1.15 * reach, 1.15 * reach)
@@ -228,7 +227,7 @@ def held_out(study: StudyData) -> Plot:
             look = style.ansatz_style(law.ansatz, kinds)
             runs, predicted, low, high = predict_held_out(study, law, metric)
             observed = runs[metric]
-            limits += [*predicted, *observed]
+            limits += [*predicted, *observed, *low, *high]
             if np.isfinite(low).any():
                 axis.vlines(observed, low, high, color=look.color, lw=0.7, alpha=0.4, gid="interval")
             axis.plot(
@@ -266,7 +265,7 @@ def held_out(study: StudyData) -> Plot:
         axis.set_title(style.METRIC_NAME[metric])
         if limits:
             for which in ("x", "y"):
-                style.log_axis(axis, which, limits, pad=2, max_ticks=5)
+                style.log_axis(axis, which, limits, pad=1.5, max_ticks=5)
             ends = axis.get_xlim()
             axis.plot(ends, ends, color=style.SOFT, lw=0.8, ls=(0, (3, 2)), zorder=1, gid="equality")
         axis.set_xlabel(f"observed {style.METRIC_LABEL[metric]}")
@@ -614,9 +613,11 @@ def profiles(study: StudyData) -> Plot:
             axes[i, j].set_ylabel("deviance (dimensionless)")
             axes[i, j].set_ylim(0, tops.get(axes[i, j], 1.0))
             style.exponent_axis(axes[i, j])
-    handles = style.ansatz_handles(kinds)
+    handles: list[Line2D | Patch] = list(style.ansatz_handles(kinds))
     for handle in handles:
-        handle.set_marker("")
+        if isinstance(handle, Line2D):
+            handle.set_marker("")
+    handles.append(Line2D([], [], color=style.SOFT, lw=0.7, ls=(0, (1, 1)), label="95 % height"))
     style.legend_below(figure, handles)
     caption = (
         "Profile likelihood: deviance above the minimum, rescaled to the sandwich variance, when one "

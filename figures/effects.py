@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from figures import style
 from figures.data import METRICS, Points, StudyData
-from figures.fits import ADDITIVE, ALL, Fits, LawFit, summary
+from figures.fits import ADDITIVE, ALL, LEVEL, Fits, LawFit, summary
 from figures.registry import Cell, Column, MissingData, Plot, Quantity, Sheet, Table, artefact
 from figures.scaling import drawable
 
@@ -23,42 +23,44 @@ _RESAMPLES = 2000
 @artefact(
     "elasticities",
     title="Effect of size and of training time",
-    question="How much does ln L fall per e-fold of N and per e-fold of D′ (the figure behind claim 1)?",
+    question="How much does ln L fall with N and with D′: per e-fold, and over the runs' range (claim 1)?",
     section="effects",
     kind="figure",
     needs=("fit",),
 )
 def elasticities(study: StudyData) -> Plot:
-    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, joint (large) and
-    per molecule (small)."""
+    """-dlnL/dlnN and -dlnL/dlnD' at the geometric means of the fitted runs, and the fall of ln L over
+    the fitted range of each; joint (large) and per molecule (small)."""
     fits = study.need_fits()
     metrics = [m for m in METRICS if any(law.metric == m and law.law == ADDITIVE for law in fits.laws)]
     kinds = list(dict.fromkeys(law.ansatz for law in fits.laws if law.law == ADDITIVE))
     if not metrics:
         raise MissingData("the fit holds no additive law")
-    figure = style.new_figure(style.DOUBLE, 0.75 + 0.55 * len(kinds) + 0.5)
-    axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    figure = style.new_figure(style.DOUBLE, 1.1 + 0.9 * len(kinds) + 0.5)
+    axes = figure.subplots(2, len(metrics), squeeze=False, sharey=True)
     rows: list[dict[str, Cell]] = []
-    for axis, metric in zip(axes, metrics, strict=True):
+    for j, metric in enumerate(metrics):
         for k, kind in enumerate(kinds):
             look = style.ansatz_style(kind, kinds)
             for law in fits.laws:
                 if (law.ansatz, law.metric, law.law) == (kind, metric, ADDITIVE):
-                    rows += _draw_effects(axis, study, law, k, look)
-        axis.axvline(0, color=style.SOFT, lw=0.8)
-        axis.set_title(style.METRIC_NAME[metric])
-        axis.set_xlabel("fall of ln L per e-fold (dimensionless)")
-        axis.set_yticks(range(len(kinds)), [style.ansatz_style(kind, kinds).label for kind in kinds])
-        axis.set_ylim(len(kinds) - 0.45, -0.55)
-        axis.grid(False, axis="y")
-        style.plain_axis(axis, "x")
+                    rows += _draw_effects(axes[:, j].tolist(), study, law, k, look)
+        axes[0, j].set_title(style.METRIC_NAME[metric])
+        axes[0, j].set_xlabel("fall of ln L per e-fold (dimensionless)")
+        axes[1, j].set_xlabel("fall of ln L over the range of the runs (dimensionless)")
+        for axis in axes[:, j]:
+            axis.axvline(0, color=style.SOFT, lw=0.8)
+            axis.set_yticks(range(len(kinds)), [style.ansatz_style(kind, kinds).label for kind in kinds])
+            axis.set_ylim(len(kinds) - 0.45, -0.55)
+            axis.grid(False, axis="y")
+            style.plain_axis(axis, "x")
     single = Line2D(
         [], [], color=style.SOFT, marker="o", ms=2.6, ls="none", alpha=0.5, label="single molecules"
     )
     style.legend_below(
         figure,
         [
-            Line2D([], [], color=style.SOFT, marker="o", lw=1.6, label="per e-fold of N"),
+            Line2D([], [], color=style.SOFT, marker="o", lw=1.6, label="of N"),
             Line2D(
                 [],
                 [],
@@ -67,7 +69,7 @@ def elasticities(study: StudyData) -> Plot:
                 mfc=style.PAPER,
                 lw=1.6,
                 ls=":",
-                label="per e-fold of D′",
+                label="of D′",
             ),
             *([single] if any(row["scope"] != "joint" for row in rows) else []),
         ],
@@ -75,15 +77,16 @@ def elasticities(study: StudyData) -> Plot:
     joint = [row for row in rows if row["scope"] == "joint"]
     counts = dict.fromkeys(f"{row['ansatz']} {row['n_runs']}" for row in joint)
     caption = (
-        "Elasticities of the fitted law at the geometric means of N and D′ of the fitted runs. Large: "
-        "joint law with "
-        f"95 % bootstrap interval (runs: {', '.join(counts) or 'no joint law'}); small: single molecules. "
-        f"Right of "
-        "zero: the metric falls."
+        "Top: elasticities of the fitted law at the geometric means of N and D′ of the fitted runs. Bottom: "
+        "fall of ln L from the smallest to the largest fitted N (or D′), the other at its geometric mean; it "
+        "depends on the ranges that the runs span (CSV). Large: joint law, 95 % bootstrap interval (runs: "
+        f"{', '.join(counts) or 'no joint law'})"
+        + ("; small: single molecules, intervals in the CSV" if len(joint) < len(rows) else "")
+        + ". Right of zero: the metric falls."
     )
     alt = (
-        f"Elasticities of {', '.join(metrics)} with respect to N and D prime for {', '.join(kinds)}, "
-        f"with intervals."
+        f"Elasticities and range effects of {', '.join(metrics)} with respect to N and D prime for "
+        f"{', '.join(kinds)}, with intervals."
     )
     notes = [] if joint else ["no joint law: single molecules only"]
     columns = (
@@ -94,6 +97,9 @@ def elasticities(study: StudyData) -> Plot:
         "elasticity",
         "at_n",
         "at_d_prime",
+        "range_effect",
+        "range_from",
+        "range_to",
         "n_runs",
         "point_ids",
     )
@@ -101,31 +107,39 @@ def elasticities(study: StudyData) -> Plot:
 
 
 def _draw_effects(
-    axis: Axes, study: StudyData, law: LawFit, k: int, look: style.AnsatzStyle
+    axes: Sequence[Axes], study: StudyData, law: LawFit, k: int, look: style.AnsatzStyle
 ) -> list[dict[str, Cell]]:
     at = law.at
-    sizes = [summary(values) for values in law.elasticities(at["N"], at["D"])]
+    effects = zip(law.elasticities(at["N"], at["D"]), law.range_effects(), strict=True)
     rows: list[dict[str, Cell]] = []
-    for variable, value, offset in (("N", sizes[0], -0.16), ("D", sizes[1], 0.16)):
+    for variable, offset, (local, wide) in zip(("N", "D"), (-0.16, 0.16), effects, strict=True):
         joint = law.scope == ALL
         marker, face, line = ("o", look.color, "-") if variable == "N" else ("D", style.PAPER, ":")
         y = k + offset
-        if joint and math.isfinite(value.low):
+        value, across = summary(local), summary(wide)
+        for axis, drawn, name in zip(axes, (value, across), ("elasticity", "range"), strict=True):
+            if joint and math.isfinite(drawn.low):
+                axis.plot(
+                    [drawn.low, drawn.high],
+                    [y, y],
+                    color=look.color,
+                    lw=1.8,
+                    ls=line,
+                    zorder=3,
+                    gid="interval",
+                )
             axis.plot(
-                [value.low, value.high], [y, y], color=look.color, lw=1.8, ls=line, zorder=3, gid="interval"
+                [drawn.value],
+                [y + (0.0 if joint else 0.1)],
+                marker=marker,
+                ms=5 if joint else 2.6,
+                mfc=face,
+                mec=look.color,
+                alpha=1.0 if joint else 0.5,
+                ls="none",
+                zorder=4,
+                gid=f"{name}:{law.ansatz}:{variable}",
             )
-        axis.plot(
-            [value.value],
-            [y + (0.0 if joint else 0.1)],
-            marker=marker,
-            ms=5 if joint else 2.6,
-            mfc=face,
-            mec=look.color,
-            alpha=1.0 if joint else 0.5,
-            ls="none",
-            zorder=4,
-            gid=f"elasticity:{law.ansatz}:{variable}",
-        )
         rows.append(
             {
                 "ansatz": law.ansatz,
@@ -135,6 +149,9 @@ def _draw_effects(
                 "elasticity": value,
                 "at_n": at["N"],
                 "at_d_prime": at["D"],
+                "range_effect": across,
+                "range_from": law.span(variable)[0],
+                "range_to": law.span(variable)[1],
                 "n_runs": int(law.record.get("n_runs", 0)),
                 "point_ids": " ".join(study.ids_of(law)),
             }
@@ -156,16 +173,14 @@ class Paired:
     point_ids: tuple[str, ...]
 
 
-def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
+def pair_variant(study: StudyData, variant: str, metric: str, level: float = LEVEL) -> Paired:
     """Compare a variant with the main one, run by run on equal (molecule, ansatz, size, steps, seed).
 
     Ratio: exp(mean ln(variant/main)). Shifts: slopes of ln(variant/main) on ln N and ln D' (of the main
     run), with an
     intercept per molecule and ansatz: how much less the metric falls per e-fold in the variant. Intervals:
-    95 %
-    percentile bootstrap over (molecule, ansatz, size) clusters, 2000 resamples, fixed seed. Raises
-    MissingData
-    below 4 clusters.
+    percentile bootstrap over (molecule, ansatz, size) clusters at `level`, 2000 resamples, fixed seed. Raises
+    MissingData below 4 clusters.
     """
     main = drawable(study.headline, metric)
     other = drawable(study.done.only(variant=variant), metric)
@@ -201,9 +216,9 @@ def pair_variant(study: StudyData, variant: str, metric: str) -> Paired:
     return Paired(
         variant,
         metric,
-        summary(np.exp(means)),
-        summary(-slopes[:, 0]),
-        summary(-slopes[:, 1]),
+        summary(np.exp(means), level),
+        summary(-slopes[:, 0], level),
+        summary(-slopes[:, 1], level),
         len(pairs),
         (*left.ids, *(str(i) for i in other["point_id"][right][order])),
     )

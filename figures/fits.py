@@ -125,6 +125,19 @@ class LawFit:
         total = floor + size + time
         return _exponent(columns, "a1") * size / total, _exponent(columns, "a2") * time / total
 
+    def range_effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fall of ln L from the smallest to the largest fitted N at the geometric mean of D', and from the
+        smallest to the largest D' at that of N: each (1 + B,), the estimate first."""
+        at, columns = self.at, self.stacked()
+
+        def log_law(n: float, d: float) -> np.ndarray:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.asarray(np.log(sum(_terms(columns, n, d))))
+
+        sizes = [log_law(n, at["D"]) for n in self.span("N")]
+        times = [log_law(at["N"], d) for d in self.span("D")]
+        return sizes[0] - sizes[1], times[0] - times[1]
+
     def ratio(self) -> np.ndarray:
         """a1/a2, the exponent k of D'* ~ N*^k (SCIENCE section 7): (1 + B,), NaN where a term is absent."""
         columns = self.stacked()
@@ -155,9 +168,15 @@ def tails(level: float = LEVEL) -> list[float]:
 
 
 def summary(values: np.ndarray, level: float = LEVEL) -> Quantity:
-    """A `Quantity` from (1 + B,) values, the estimate first; no interval with fewer than 100 finite draws."""
+    """A `Quantity` from (1 + B,) values, the estimate first.
+
+    No interval with fewer than 100 finite draws, with less than one draw per tail, or where the draws in
+    which the quantity is undefined (a term of the law is absent) would fill a tail: leaving them out would
+    make the interval too short.
+    """
     estimate, draws = float(values[0]), values[1:][np.isfinite(values[1:])]
-    if len(draws) < 100 or len(draws) < 0.5 * (len(values) - 1):
+    undefined, tail = len(values) - 1 - len(draws), (1 - level) / 2
+    if len(draws) < 100 or len(draws) * tail < 1 or undefined > tail * (len(values) - 1):
         return Quantity(estimate)
     low, high = np.percentile(draws, tails(level))
     return Quantity(estimate, float(low), float(high))

@@ -200,6 +200,15 @@ class Sheet:
     notes: tuple[str, ...] = ()
 
 
+def gathered(gaps: Sequence[str]) -> list[str]:
+    """Notes "case: reason" with the cases of one reason in one note: "case; case: reason"."""
+    cases: dict[str, list[str]] = {}
+    for gap in dict.fromkeys(gaps):
+        case, _, reason = gap.partition(": ")
+        cases.setdefault(reason, []).append(case)
+    return ["; ".join(names) + (f": {reason}" if reason else "") for reason, names in cases.items()]
+
+
 Builder = Callable[["StudyData"], "Plot | Sheet"]
 
 

@@ -26,6 +26,9 @@ _METADATA = {
 
 
 _REFERENCE = re.compile(r"(?:href=\"#|url\(#)([^\")]+)")
+_HASHED = re.compile(r"[a-zA-Z][0-9a-f]{8,}")
+_PLACED = re.compile(r"""( (?:d|x|y|width|height|points)=")([^"]*)\"""")
+_LONG = re.compile(r"-?\d+\.\d{3,}")
 _AUTOMATIC = re.compile(r"[a-zA-Z0-9]+_\d+|[mp][0-9a-f]{8,}")  # the ids that matplotlib gives by itself
 
 
@@ -73,17 +76,28 @@ def _image(plot: Plot, fmt: str) -> bytes:
 def _tidy(svg: str) -> str:
     """Keep only ids that something refers to: others repeat from panel to panel, which SVG forbids.
 
-    Names given to artists stay readable as `data-artist`.
+    Names given to artists stay readable as `data-artist`. Ids that hash coordinates become numbers, and
+    coordinates are rounded to 0.01 pt: the last bits of a logarithm differ between processors.
     """
-    wanted = set(_REFERENCE.findall(svg))
+    place = {name: i for i, name in enumerate(dict.fromkeys(_REFERENCE.findall(svg)))}
+
+    def short(name: str) -> str:
+        return f"{name[0]}{place[name]}" if _HASHED.fullmatch(name) else name
 
     def rename(match: re.Match[str]) -> str:
         name = match[1]
-        if name in wanted:
-            return match[0]
+        if name in place:
+            return f' id="{short(name)}"'
         return "" if _AUTOMATIC.fullmatch(name) else f' data-artist="{name}"'
 
-    return re.sub(r' id="([^"]*)"', rename, svg)
+    svg = re.sub(r' id="([^"]*)"', rename, svg)
+    svg = _REFERENCE.sub(lambda m: m[0].replace(m[1], short(m[1])), svg)
+    return _PLACED.sub(lambda m: m[1] + _LONG.sub(_rounded, m[2]) + '"', svg)
+
+
+def _rounded(match: re.Match[str]) -> str:
+    text = f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
 
 
 def write(products: Sequence[Product], folder: Path, formats: Sequence[str]) -> list[Path]:

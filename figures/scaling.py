@@ -16,6 +16,7 @@ from figures.fits import Fits, LawFit
 from figures.registry import Cell, Column, MissingData, Plot, Table, artefact
 
 _LEVELS = 3  # how many values of the held variable are drawn, spread over its range
+_MANY = 300  # runs of one ansatz in one panel, above which markers are smaller and fainter
 _HELD = {"n_total": "steps", "d_prime": "size"}
 _HELD_NAME = {"n_total": "T", "d_prime": "N"}
 _OTHER = {"n_total": "d_prime", "d_prime": "n_total"}
@@ -78,7 +79,7 @@ def _markers(
                 y[mask],
                 ls="none",
                 marker=look.marker,
-                ms=3.8 if alpha == 1 else 2.8,
+                ms=3.8 if alpha == 1 else (2.8 if len(part) <= _MANY else 2.0),
                 mfc=face,
                 mec=look.color,
                 mew=0.7,
@@ -241,7 +242,8 @@ def _collapsed_panel(
         except MissingData as gap:
             notes.append(f"collapsed panel: {gap}")
             continue
-        _markers(axis, rows, x, y, look, study.held_out, 0.55, f"collapsed:{kind}")
+        alpha = 0.55 if len(rows) <= _MANY else 0.3
+        _markers(axis, rows, x, y, look, study.held_out, alpha, f"collapsed:{kind}")
         if law is not None:
             span = np.geomspace(*law.span("N" if x == "n_total" else "D"), 60)
             n, d = (span, reference) if x == "n_total" else (reference, span)
@@ -274,7 +276,8 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     count = len(molecules) + collapsed
     n_rows, n_columns = style.grid_of(count)
     figure = style.new_figure(
-        style.DOUBLE if n_columns > 2 else style.SINGLE * n_columns, 1.85 * n_rows + 0.6
+        style.DOUBLE if n_columns > 2 else style.SINGLE * n_columns,
+        1.85 * n_rows + (0.6 if count == n_rows * n_columns else 0.3),
     )
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     flat = list(axes.flat)
@@ -290,9 +293,15 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
         drawn += rows
         flat[len(molecules)].set_title(f"collapsed  ({len(rows)} runs)", fontweight="bold")
         style.log_axis(flat[len(molecules)], "x", headline[x], max_ticks=4)
-    for axis in flat[count:]:
+    handles = _legend(study, x, metric, kinds, drawn)
+    if count < len(flat):
+        style.legend_in_hole(flat[count], handles)
+    else:
+        style.legend_below(figure, handles)
+    for axis in flat[count + 1 :]:
         axis.remove()
-    style.log_axis(flat[0], "y", [row["drawn"] for row in drawn], pad=1.6)
+    inside = [row[key] for row in drawn for key in ("drawn", "law") if row[key] is not None]
+    style.log_axis(flat[0], "y", inside, pad=1.6)
     style.bottom_labels(flat[:count], n_columns, style.AXIS_LABEL[x])
     figure.supylabel(style.METRIC_LABEL[metric], fontsize=8)
     if metric == "abs_error":
@@ -300,9 +309,9 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
             axis.axhspan(
                 axis.get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0
             )
-    style.legend_below(figure, _legend(study, x, metric, kinds, drawn))
     shown = sum(row["panel"] != "collapsed" for row in drawn)
     fixed = "T" if x == "n_total" else "N"
+    levels = dict.fromkeys(str(row[_HELD[x]]) for row in drawn if row["panel"] != "collapsed")
     how = (
         "Lines: fitted additive law with its 95 % bootstrap band at the largest drawn value."
         if any(row["law"] is not None for row in drawn)
@@ -322,10 +331,13 @@ def scaling_figure(study: StudyData, x: str, metric: str) -> Plot:
     caption = (
         f"{style.METRIC_NAME[metric].capitalize()} against "
         f"{'model size' if x == 'n_total' else 'training time'} at "
-        f"fixed {fixed} (up to {_LEVELS} values of {fixed} per ansatz; the largest is drawn strongest). "
+        f"fixed {fixed} ({fixed if x == 'n_total' else 'sizes'}: {', '.join(levels)}; the largest is drawn "
+        f"strongest). "
         f"One marker per "
         f"run: {study.exclusions(shown)}. {how}{gather}"
     )
+    if x == "n_total" and study.fits is not None:
+        caption += " At fixed T the runs' D′ = T·S_F changes with N: the lines follow it and need not fall."
     if any(row["drawn_as"] == "held out" for row in drawn):
         caption += " Open markers: held out from the fit."
     if metric == "abs_error":

@@ -108,6 +108,7 @@ RC: dict[str, Any] = {
     "grid.linewidth": 0.4,
     "axes.axisbelow": True,
     "lines.linewidth": 1.2,
+    "lines.solid_capstyle": "butt",  # an interval ends where it ends
     "lines.markersize": 4,
     "axes.unicode_minus": True,
     "mathtext.default": "regular",
@@ -205,7 +206,7 @@ def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, m
                 low, high = low / 1.5, high * 1.5
             (axis.set_xlim if which == "x" else axis.set_ylim)(low, high)
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
-    ticks = _log_ticks(low, high, max_ticks)
+    ticks = log_ticks(low, high, max_ticks)
     side.set_major_locator(FixedLocator(ticks))
     side.set_major_formatter(FixedFormatter(tick_labels(ticks)))
     if high / low < 1e5:
@@ -215,7 +216,8 @@ def log_axis(axis: Axes, which: str, values: Any = None, *, pad: float = 1.25, m
     side.set_minor_formatter(NullFormatter())
 
 
-def _log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+    """Readable ticks of a log axis: decades, or 1-2-5 and the like where it spans fewer than two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     decades = last - first + 1
     if decades >= 2:
@@ -228,11 +230,11 @@ def _log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
             for m in steps
         ]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 2:
+        if len(ticks) >= 3:
             while len(ticks) > max_ticks:
                 ticks = ticks[::2]
             return ticks
-    return [math.sqrt(low * high)]
+    return ticks if len(ticks) == 2 else [math.sqrt(low * high)]
 
 
 def plain_axis(axis: Axes, which: str) -> None:
@@ -299,14 +301,26 @@ def ansatz_handles(kinds: Sequence[str], *, line: bool = True) -> list[Line2D]:
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
-    """One legend under all panels, as many columns as fit: it cannot hide data."""
+    """One legend under all panels, row by row, as many columns as fit: it cannot hide data."""
     if handles:
         widths = [0.48 + 0.06 * len(str(handle.get_label())) for handle in handles]  # inches, 7.5 pt text
         for columns in range(len(widths), 0, -1):
-            # matplotlib fills columns one after the other, the first ones one entry deeper
-            if sum(part.max() for part in np.array_split(widths, columns)) <= figure.get_figwidth():
+            order = row_by_row(len(widths), columns)
+            parts = np.array_split([widths[i] for i in order], columns)
+            if sum(part.max() for part in parts) <= figure.get_figwidth():
                 break
-        figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
+        figure.legend(handles=[handles[i] for i in order], loc="outside lower center", ncols=columns)
+
+
+def row_by_row(count: int, columns: int) -> list[int]:
+    """The order in which matplotlib, which fills columns first, shows `count` entries row by row."""
+    return [i for column in range(columns) for i in range(column, count, columns)]
+
+
+def legend_in_hole(hole: Axes, handles: Sequence[Line2D | Patch]) -> None:
+    """One legend in the place of a panel that the grid has too many: it cannot hide data."""
+    hole.set_axis_off()
+    hole.legend(handles=list(handles), loc="center left", borderaxespad=0.0)
 
 
 def bottom_labels(axes: Sequence[Axes], columns: int, label: str) -> None:

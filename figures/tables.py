@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,13 @@ def coefficients(study: StudyData) -> Sheet:
             "point_ids": " ".join(study.ids_of(law)),
         }
         rows.append(row | {name: law.quantity(name) for name in PARAMETERS})
-    refused: dict[str, list[str]] = {}
+    refused: dict[str, list[tuple[str, str, str]]] = {}
     for item in fits.record.get("refused", []):
         if item.get("law") == ADDITIVE:
-            refused.setdefault(str(item.get("reason")), []).append(
-                f"{item.get('ansatz')} {item.get('metric')} {item.get('scope')}"
-            )
-    notes += [f"no law for {', '.join(cases)}: {reason}" for reason, cases in refused.items()]
+            metric = style.METRIC_NAME.get(str(item.get("metric")), str(item.get("metric")))
+            scope = "joint" if item.get("scope") == ALL else str(item.get("scope"))
+            refused.setdefault(str(item.get("reason")), []).append((str(item.get("ansatz")), metric, scope))
+    notes += [f"no law for {_cases(cases)}: {reason}" for reason, cases in refused.items()]
     columns = (
         Column("metric", "metric"),
         Column("ansatz", "ansatz"),
@@ -89,6 +89,14 @@ def coefficients(study: StudyData) -> Sheet:
     )
     notes += [study.stale_fit] if study.stale_fit else []
     return Sheet(Table(columns, tuple(rows)), caption, tuple(notes))
+
+
+def _cases(cases: Sequence[tuple[str, str, str]]) -> str:
+    """Cases in words: each axis once where every combination occurs, else one by one."""
+    axes = [list(dict.fromkeys(labels)) for labels in zip(*cases, strict=True)]
+    if len(cases) == math.prod(map(len, axes)) and len(cases) > 1:
+        return f"any of {' × '.join('(' + ', '.join(labels) + ')' for labels in axes)}"
+    return "; ".join(", ".join(case) for case in cases)
 
 
 def _excluded(table: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
 
 from figures import style
 from figures.data import Points, StudyData
@@ -126,13 +127,18 @@ def training_curves(study: StudyData) -> Plot:
         axis.axhspan(
             axes[0].get_ylim()[0], style.CHEMICAL_ACCURACY, color=style.SOFT, alpha=0.12, lw=0, zorder=0
         )
-    for axis in axes[len(with_fci) :]:
+    for axis in axes[len(with_fci) + 1 :]:
         axis.remove()
     style.bottom_labels(axes[: len(with_fci)], n_columns, "step (count)")
     figure.supylabel("E − E$_{FCI}$ in training (Ha)", fontsize=8)
-    style.legend_below(figure, [*style.ansatz_handles(kinds), *_reference_handles(sorted(names))])
-    for line in figure.legends[0].get_lines()[: len(kinds)]:
-        line.set_marker("")
+    handles = style.ansatz_handles(kinds)
+    for handle in handles:
+        handle.set_marker("")
+    everything = [*handles, *_reference_handles(sorted(names))]
+    if len(axes) > len(with_fci):
+        style.legend_in_hole(axes[len(with_fci)], everything)
+    else:
+        style.legend_below(figure, everything)
     if below:
         notes.append(
             f"{below} recorded energies lie at or below FCI (sampling noise): not on a log axis, in the CSV"
@@ -177,37 +183,42 @@ def _history(study: StudyData, part: Points, i: int) -> dict[str, np.ndarray]:
     needs=("history", "molecule"),
 )
 def schedules(study: StudyData) -> Plot:
-    """Learning rate, sample count, unique samples and S_F against the fraction of training done."""
+    """Learning rate and sample count, then S_F and unique samples per molecule, against the fraction of
+    training done."""
     points = _need_history(study)
     kinds = points.unique("ansatz")
     molecules = points.unique("molecule")
-    figure = style.new_figure(style.DOUBLE, 3.9)
-    axes = figure.subplots(2, 2, sharex=True)
-    rows: list[dict[str, Cell]] = []
-    names = ("learning_rate", "n_samples", "n_unique", "search_fraction")
-    labels = (
-        "learning rate (dimensionless)",
-        "samples per step (count)",
-        "unique samples (count)",
-        "S$_F$ of the step (fraction)",
-    )
     first = points.where(
         np.array([int(s) == _first_seed(points, i) for i, s in enumerate(points["seed"])], bool)
     )
+    n_columns = 2 if len(molecules) in (2, 4) else min(len(molecules), 3)
+    n_rows = math.ceil(len(molecules) / n_columns)
+    figure = style.new_figure(style.DOUBLE, 2.4 + 1.45 * n_rows + 0.5)
+    outer = figure.add_gridspec(2, 1, height_ratios=(1.15, n_rows))
+    upper, lower = outer[0].subgridspec(1, 2), outer[1].subgridspec(n_rows, n_columns)
+    top = {
+        "learning_rate": figure.add_subplot(upper[0, 0]),
+        "n_samples": figure.add_subplot(upper[0, 1]),
+    }
+    panels: dict[str, Axes] = {}
+    for m, molecule in enumerate(molecules):
+        row, column = divmod(m, n_columns)
+        panels[molecule] = figure.add_subplot(lower[row, column], sharey=panels.get(molecules[0]))
+    rows: list[dict[str, Cell]] = []
     for i in range(len(first)):
         molecule, kind = str(first["molecule"][i]), str(first["ansatz"][i])
         look = style.ansatz_style(kind, kinds)
         history = dict(_history(study, first, i))
         history["search_fraction"] = history["n_unique"] / study.molecules[molecule]["search_space"]
         done = history["step"] / float(first["steps"][i])
-        for axis, name in zip(axes.flat, names, strict=True):
+        for name, axis in {**top, "search_fraction": panels[molecule]}.items():
             axis.plot(
                 done,
                 history[name],
                 color=look.color,
                 ls=look.line,
-                lw=0.9,
-                alpha=0.7,
+                lw=1.0,
+                alpha=0.8,
                 gid=f"{name}:{first.ids[i]}",
             )
         rows += [
@@ -217,88 +228,74 @@ def schedules(study: StudyData) -> Plot:
                 "steps": int(first["steps"][i]),
                 "step": int(history["step"][k]),
                 "fraction_done": float(done[k]),
-                **{name: float(history[name][k]) for name in names},
+                **{name: float(history[name][k]) for name in _SCHEDULED},
                 "point_id": first.ids[i],
             }
             for k in range(len(done))
         ]
-    for axis, name, label in zip(axes.flat, names, labels, strict=True):
-        axis.set_ylabel(label)
+    for name, label in (
+        ("learning_rate", "learning rate (dimensionless)"),
+        ("n_samples", "samples per step (count)"),
+    ):
+        top[name].set_ylabel(label)
         values = [value for value in numbers(rows, name) if value > 0]
         if values:
-            style.log_axis(axis, "y", values)
+            style.log_axis(top[name], "y", values, max_ticks=5)
+    fractions = [value for value in numbers(rows, "search_fraction") if value > 0]
+    for m, (molecule, axis) in enumerate(panels.items()):
+        if fractions:
+            style.log_axis(axis, "y", fractions, max_ticks=5)
+        axis.set_title(
+            f"{style.formula(molecule)}  (|S| = {study.molecules[molecule]['search_space']:.0f})",
+            fontweight="normal",
+        )
+        if m % n_columns:
+            axis.tick_params(axis="y", labelleft=False)
+        last = m % n_columns == n_columns - 1 or m == len(panels) - 1
+        _count_axis(
+            axis, study.molecules[molecule]["search_space"], "distinct samples (count)" if last else ""
+        )
+    for axis in (*top.values(), *panels.values()):
         axis.set_xlim(0, 1.02)
         style.plain_axis(axis, "x")
-    for axis in axes[1]:
+    style.bottom_labels(list(panels.values()), n_columns, "t/T (dimensionless)")
+    for axis in top.values():
         axis.set_xlabel("fraction of training done, t/T (dimensionless)")
-    _label_ends(axes[1, 0], rows, "n_unique", molecules)
-    _label_ends(axes[1, 1], rows, "search_fraction", molecules)
+    for axis in list(panels.values())[::n_columns]:
+        axis.set_ylabel("S$_F$ (fraction)")
     handles = style.ansatz_handles(kinds)
     for handle in handles:
         handle.set_marker("")
     style.legend_below(figure, handles)
-    columns = ("molecule", "ansatz", "steps", "step", "fraction_done", *names, "point_id")
+    columns = ("molecule", "ansatz", "steps", "step", "fraction_done", *_SCHEDULED, "point_id")
     caption = (
-        "Learning rate, sample count, distinct samples and S_F (distinct samples over sector size) along "
-        "training, for "
-        f"the longest run of the largest size, first seed ({len(first)} runs: one line per molecule and "
-        f"ansatz)."
+        "Top: learning rate and sample count along training. Below, per molecule: S_F (distinct samples over "
+        "the sector size |S|, left) and distinct samples (right, count), for the longest run of the largest "
+        f"size, first seed ({len(first)} runs: one line per molecule and ansatz; lines may coincide)."
     )
     alt = (
-        "Four panels along training: learning rate, samples per step, unique samples, fraction of the "
-        "sector sampled."
+        "Learning rate and samples per step along training, then the fraction of the sector sampled and the "
+        f"count of distinct samples for {', '.join(molecules)}."
     )
     return Plot(figure, _table(columns, rows), caption, alt)
+
+
+_SCHEDULED = ("learning_rate", "n_samples", "n_unique", "search_fraction")
+
+
+def _count_axis(axis: Axes, space: float, label: str) -> None:
+    """A right axis that reads S_F as a count of determinants."""
+    right = axis.secondary_yaxis("right", functions=(lambda s: s * space, lambda count: count / space))
+    low, high = (value * space for value in axis.get_ylim())
+    ticks = [tick for tick in style.log_ticks(low, high, 4) if low <= tick <= high]
+    right.set_yticks(ticks, style.tick_labels(ticks))
+    right.yaxis.set_minor_locator(NullLocator())
+    right.set_ylabel(label)
 
 
 def _first_seed(points: Points, i: int) -> int:
     same = (points["molecule"] == points["molecule"][i]) & (points["ansatz"] == points["ansatz"][i])
     return int(points["seed"][same].min())
-
-
-def _label_ends(axis: Axes, rows: Sequence[dict[str, Cell]], name: str, molecules: Sequence[str]) -> None:
-    """Write each molecule's name at the right end of its lines, with a leader where the names would
-    overlap."""
-    ends = []
-    for molecule in molecules:
-        own = [row for row in rows if row["molecule"] == molecule]
-        values = [value for value in numbers(own, name) if value > 0]
-        if values:
-            ends.append((math.log10(float(np.median(values[-3:]))), molecule))
-    if not ends:
-        return
-    ends.sort()
-    low, high = (math.log10(v) for v in axis.get_ylim())
-    places = spread_labels([end[0] for end in ends], (high - low) * 0.085, low, high)
-    for place, (end, molecule) in zip(places, ends, strict=True):
-        axis.annotate(
-            style.formula(molecule),
-            (1.0, 10**end),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.04, 10**place),
-            textcoords=("axes fraction", "data"),
-            fontsize=7,
-            va="center",
-            ha="left",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.SOFT, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
-        )
-
-
-def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending positions at least `gap` apart and inside [low, high], as close as can be to the wanted ones.
-
-    Least squares: wanted_i - i gap made nondecreasing by pooling adjacent violators, then clamped.
-    """
-    pools: list[list[float]] = []
-    for i, value in enumerate(wanted):
-        pools.append([value - i * gap])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    flat = [float(np.mean(pool)) for pool in pools for _ in pool]
-    top = max(low, high - (len(wanted) - 1) * gap)
-    return [min(max(value, low), top) + i * gap for i, value in enumerate(flat)]
 
 
 @artefact(

@@ -5,6 +5,10 @@ Every rule maps a statistic with its 95 % interval to one of four words: "suppor
 "undecided"
 (the interval does not settle it) and "not yet measured" (the data for the statistic do not exist; the
 reason is given).
+
+Equivalence ("similar", "unchanged", "near-linear") needs the whole interval inside a stated band, difference
+the whole interval outside it: a wide interval supports neither. A row that picks the most different of
+several comparisons carries Bonferroni-corrected intervals; between rows nothing is corrected.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from figures.costs import shares
 from figures.data import DIMS, METRICS, StudyData
 from figures.effects import changes, pair_variant, usable
 from figures.fits import ADDITIVE, ALL, LEVEL, LawFit, summary
-from figures.registry import Cell, Column, MissingData, Quantity, Sheet, Table, artefact
+from figures.registry import Cell, Column, MissingData, Quantity, Sheet, Table, artefact, number
 from figures.scaling import drawable
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURED = (
@@ -34,9 +38,10 @@ SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURED = (
     "undecided",
     "not yet measured",
 )
-SIMILAR = 0.25  # two elasticities are similar when they differ by at most a quarter of their mean
+SIMILAR = 0.25  # two elasticities are similar when they differ by at most a quarter of an ansatz's N + D' sum
 SAME_ERROR = (0.8, 1.25)  # a ratio in this band is called unchanged (the usual equivalence bounds)
-REGISTERED = 10  # predicted optima that must have been trained before a verdict (FIT section 7)
+REGISTERED = 10  # registered runs that must have been trained before a verdict (FIT section 7)
+COVERED = (0.7, 0.9)  # coverage of 90 % intervals: it must reach the nominal value and rule out the lower one
 DOMINANT = 0.5  # a part dominates when it takes more than half
 
 
@@ -94,6 +99,20 @@ def _law_data(laws: Sequence[LawFit]) -> str:
     return "; ".join(phrases)
 
 
+def _decide(words: Sequence[str], every: bool) -> str:
+    """One verdict from several: `every` comparison must satisfy the rule, or one is enough."""
+    whole, one = (SUPPORTED, NOT_SUPPORTED) if every else (NOT_SUPPORTED, SUPPORTED)
+    if one in words:
+        return one
+    return whole if set(words) == {whole} else UNDECIDED
+
+
+def _telling(values: Sequence[Quantity], words: Sequence[str], verdict: str) -> int:
+    """Position of the comparison to show: the largest one of those that decided the verdict."""
+    size = [abs(math.log(v.value)) if v.value > 0 else math.inf for v in values]
+    return max((i for i, word in enumerate(words) if word == verdict), key=lambda i: size[i])
+
+
 def _ids(study: StudyData, laws: Sequence[LawFit]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for law in laws for i in study.ids_of(law)))
 
@@ -106,7 +125,22 @@ def _size_over_time(kind: str, sign: float) -> Callable[[StudyData], Finding]:
         law = usable(study.fits, kind, "v_score")
         size, time = law.elasticities(law.at["N"], law.at["D"])
         value = summary(sign * (size - time))
-        return Finding(value, positive(value), _law_data([law]), _ids(study, [law]))
+        where = f"; at N = {number(law.at['N'])}, D′ = {number(law.at['D'])}"
+        return Finding(value, positive(value), _law_data([law]) + where, _ids(study, [law]))
+
+    return measure
+
+
+def _size_over_time_range(kind: str, sign: float) -> Callable[[StudyData], Finding]:
+    def measure(study: StudyData) -> Finding:
+        law = usable(study.fits, kind, "v_score")
+        size, time = law.range_effects()
+        value = summary(sign * (size - time))
+        spans = (
+            f"{name} {number(a)} to {number(b)}"
+            for name, (a, b) in (("N", law.span("N")), ("D′", law.span("D")))
+        )
+        return Finding(value, positive(value), f"{_law_data([law])}; {', '.join(spans)}", _ids(study, [law]))
 
     return measure
 
@@ -119,17 +153,15 @@ def _similar(study: StudyData) -> Finding:
     n, d = (math.exp(np.mean([math.log(law.at[v]) for law in laws])) for v in ("N", "D"))
     pairs = [law.elasticities(n, d) for law in laws]
     size = min(len(pairs[0][0]), len(pairs[1][0]))
-    values = []
-    for one, two in zip(*pairs, strict=True):
-        one, two = one[:size], two[:size]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values.append(summary(2 * (one - two) / (one + two)))
+    one, two = ([part[:size] for part in pair] for pair in pairs)
+    # A share of the whole, not of the part: two elasticities near 0 are alike, whatever their ratio.
+    whole = (sum(one) + sum(two)) / 2
+    values = [summary((a - b) / whole, 1 - (1 - LEVEL) / 2) for a, b in zip(one, two, strict=True)]
     words = [inside(value, -SIMILAR, SIMILAR) for value in values]
-    worst = max(values, key=lambda v: abs(v.value) if math.isfinite(v.value) else math.inf)
-    verdict = (
-        NOT_SUPPORTED if NOT_SUPPORTED in words else (SUPPORTED if set(words) == {SUPPORTED} else UNDECIDED)
-    )
-    return Finding(worst, verdict, _law_data(laws), _ids(study, laws))
+    verdict = _decide(words, every=True)
+    shown = max((i for i in (0, 1) if words[i] == verdict), key=lambda i: abs(values[i].value))
+    data = f"{_law_data(laws)}; at N = {number(n)}, D′ = {number(d)}; shown: {('N', 'D′')[shown]}"
+    return Finding(values[shown], verdict, data, _ids(study, laws))
 
 
 # -- claim 3 ------------------------------------------------------------------------------------------------
@@ -144,11 +176,14 @@ def _not_linear(kind: str, metric: str) -> Callable[[StudyData], Finding]:
     return measure
 
 
-def _differ(study: StudyData, laws: Sequence[LawFit], why: str) -> Finding:
-    """The ratio k_a/k_b of the most different pair; intervals Bonferroni-corrected over the pairs."""
-    if len(laws) < 2:
-        raise MissingData(f"{len(laws)} law with an interior optimum, two are needed ({why})")
-    pairs = list(itertools.combinations(laws, 2))
+def _differ(study: StudyData, groups: Sequence[Sequence[LawFit]], why: str, what: str) -> Finding:
+    """The ratio k_a/k_b of the most different pair of laws within a group; intervals Bonferroni-corrected
+    over all pairs. `what`: the attribute of a law in which a pair differs."""
+    pairs = [pair for laws in groups for pair in itertools.combinations(laws, 2)]
+    if not pairs:
+        count = max((len(laws) for laws in groups), default=0)
+        raise MissingData(f"{count} law with an interior optimum, two are needed ({why})")
+    laws = [law for group in groups if len(group) > 1 for law in group]
     level = 1 - (1 - LEVEL) / len(pairs)
     values = []
     for one, two in pairs:
@@ -156,11 +191,10 @@ def _differ(study: StudyData, laws: Sequence[LawFit], why: str) -> Finding:
         size = min(len(first), len(second))
         values.append(summary(first[:size] / second[:size], level))
     words = [outside(value, *NEAR_LINEAR) for value in values]
-    verdict = (
-        SUPPORTED if SUPPORTED in words else (NOT_SUPPORTED if set(words) == {NOT_SUPPORTED} else UNDECIDED)
-    )
-    most = max(values, key=lambda v: abs(math.log(v.value)) if v.value > 0 else math.inf)
-    return Finding(most, verdict, _law_data(laws), _ids(study, laws))
+    verdict = _decide(words, every=False)
+    most = _telling(values, words, verdict)
+    names = " / ".join(str(getattr(law, what)) for law in pairs[most])
+    return Finding(values[most], verdict, f"{_law_data(laws)}; shown: {names}", _ids(study, laws))
 
 
 def _collect(study: StudyData, cases: Sequence[tuple[str, str]]) -> tuple[list[LawFit], str]:
@@ -180,7 +214,7 @@ def _kinds(study: StudyData) -> list[str]:
 def _by_ansatz(metric: str) -> Callable[[StudyData], Finding]:
     def measure(study: StudyData) -> Finding:
         laws, why = _collect(study, [(kind, metric) for kind in _kinds(study)])
-        return _differ(study, laws, why)
+        return _differ(study, [laws], why, "ansatz")
 
     return measure
 
@@ -189,7 +223,7 @@ def _by_metric(kind: str) -> Callable[[StudyData], Finding]:
     def measure(study: StudyData) -> Finding:
         study.need_fits()
         laws, why = _collect(study, [(kind, metric) for metric in METRICS])
-        return _differ(study, laws, why)
+        return _differ(study, [laws], why, "metric")
 
     return measure
 
@@ -231,6 +265,8 @@ def _modulus_phase(kind: str) -> Callable[[StudyData], Finding]:
         if not law.stationary:
             raise MissingData(f"{kind}: the modulus/phase fit has no stationary certificate")
         columns = law.stacked()
+        if not math.isfinite(columns["a1"][0] - columns["a3"][0]):
+            raise MissingData(f"{kind}: the fit finds one term only, no second exponent to compare")
         value = summary(columns["a1"] - columns["a3"])
         return Finding(value, outside(value, -0.1, 0.1), _law_data([law]), _ids(study, [law]))
 
@@ -257,22 +293,14 @@ def _unchanged(
     rule, else one."""
 
     def measure(study: StudyData) -> Finding:
-        pairs = [pair_variant(study, name, "v_score") for name in _variants(study, wanted, what)]
+        names = _variants(study, wanted, what)
+        level = 1 - (1 - LEVEL) / len(names)
+        pairs = [pair_variant(study, name, "v_score", level) for name in names]
         words = [rule(pair.ratio) for pair in pairs]
-        if every:
-            verdict = (
-                NOT_SUPPORTED
-                if NOT_SUPPORTED in words
-                else (SUPPORTED if set(words) == {SUPPORTED} else UNDECIDED)
-            )
-        else:
-            verdict = (
-                SUPPORTED
-                if SUPPORTED in words
-                else (NOT_SUPPORTED if set(words) == {NOT_SUPPORTED} else UNDECIDED)
-            )
-        most = max(pairs, key=lambda p: abs(math.log(p.ratio.value)))
+        verdict = _decide(words, every)
+        most = pairs[_telling([pair.ratio for pair in pairs], words, verdict)]
         data = "; ".join(f"{p.variant}: {p.pairs} pairs" for p in pairs)
+        data += f"; shown: {most.variant}" if len(pairs) > 1 else ""
         return Finding(most.ratio, verdict, data, tuple(dict.fromkeys(i for p in pairs for i in p.point_ids)))
 
     return measure
@@ -297,12 +325,12 @@ def _by_molecule(study: StudyData) -> Finding:
         and law.estimates.get("A1", 0) > 0
         and law.estimates.get("A2", 0) > 0
     ]
-    kinds = list(dict.fromkeys(law.ansatz for law in laws))
-    for kind in ("transformer", *kinds):
-        own = [law for law in laws if law.ansatz == kind]
-        if len(own) >= 2:
-            return _differ(study, own, "single molecules")
-    raise MissingData("no ansatz has laws of two single molecules with both terms")
+    groups = [
+        [law for law in laws if law.ansatz == kind] for kind in dict.fromkeys(law.ansatz for law in laws)
+    ]
+    if all(len(group) < 2 for group in groups):
+        raise MissingData("no ansatz has laws of two single molecules with both terms")
+    return _differ(study, groups, "single molecules", "scope")
 
 
 def _beyond_thirty(study: StudyData) -> Finding:
@@ -316,27 +344,44 @@ def _beyond_thirty(study: StudyData) -> Finding:
     used: list[str] = []
     for (molecule, kind), part in rows.groups("molecule", "ansatz"):
         law = usable(study.fits, kind, "v_score")
-        x.append(np.log(law.value(part["n_total"], part["d_prime"])))
+        curves = np.vstack(
+            [
+                law.value(part["n_total"], part["d_prime"])[None],
+                law.draw_values(part["n_total"], part["d_prime"]),
+            ]
+        )
+        x.append(np.log(curves))
         y.append(np.log(part["v_score"]))
         group += [f"{molecule}/{kind}"] * len(part)
         used += part.ids
-    value = _slope(np.concatenate(x), np.concatenate(y), np.array(group))
+    draws = min(len(curves) for curves in x)
+    value = _slope(np.hstack([curves[:draws] for curves in x]), np.concatenate(y), np.array(group))
     return Finding(value, inside(value, *SAME_ERROR), f"{len(used)} runs of {', '.join(large)}", tuple(used))
 
 
 def _slope(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Quantity:
-    """Slope within groups with a 95 % bootstrap interval over runs (2000 resamples, fixed seed)."""
-    x, y = x.copy(), y.copy()
-    for name in dict.fromkeys(groups.tolist()):
-        mask = groups == name
-        x[mask] -= x[mask].mean()
-        y[mask] -= y[mask].mean()
-    count = len(x)
-    if count < 6 or np.ptp(x) < 1e-6:
+    """Slope of y (runs,) on x (1 + B, runs) within groups, the estimate's x first.
+
+    The 95 % interval resamples runs (fixed seed) and takes another draw of the law each time, so that it
+    holds the uncertainty of both.
+    """
+    count = len(y)
+    if count < 6 or np.ptp(x[0]) < 1e-6:
         raise MissingData(f"{count} runs that span too little to check the law's shape")
     rng = np.random.default_rng(0)
-    weights = np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), size=2000)])
-    return summary((weights * x * y).sum(axis=1) / (weights * x * x).sum(axis=1))
+    resamples = rng.multinomial(count, np.full(count, 1 / count), size=len(x) - 1)
+    weights = np.vstack([np.ones(count), resamples])
+    top, bottom = np.zeros(len(x)), np.zeros(len(x))
+    for name in dict.fromkeys(groups.tolist()):
+        mask = groups == name
+        w, a, b = weights[:, mask], x[:, mask], np.broadcast_to(y[mask], (len(x), int(mask.sum())))
+        total = np.maximum(w.sum(axis=1, keepdims=True), 1)
+        a = a - (w * a).sum(axis=1, keepdims=True) / total
+        b = b - (w * b).sum(axis=1, keepdims=True) / total
+        top += (w * a * b).sum(axis=1)
+        bottom += (w * a * a).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return summary(top / bottom)
 
 
 def _overcounts(study: StudyData) -> Finding:
@@ -355,8 +400,8 @@ def _overcounts(study: StudyData) -> Finding:
     return Finding(value, verdict, f"{len(points)} runs", tuple(points.ids))
 
 
-def _registered(chosen: Callable[[str], bool], what: str) -> Callable[[StudyData], Finding]:
-    """Share of registered predictions inside their 90 % interval, over the variants `chosen`.
+def _registered(chosen: Callable[[str], bool], metric: str, what: str) -> Callable[[StudyData], Finding]:
+    """Share of registered predictions of a metric inside their 90 % interval, over the variants `chosen`.
 
     The fit file registers predictions of held-out runs, sealed by a hash, before it reads their results.
     """
@@ -367,23 +412,28 @@ def _registered(chosen: Callable[[str], bool], what: str) -> Callable[[StudyData
             for i, key in enumerate(zip(*(study.points[d] for d in DIMS), strict=True))
         }
         hits: list[bool] = []
+        widths: list[float] = []
         used: list[str] = []
         for entry in study.need_fits().record.get("hold_out") or []:
             record = entry.get("registered") or {}
-            if not record or not _sealed(record):
+            if entry.get("metric") != metric or not record or not _sealed(record):
                 continue
             for point in record.get("points", []):
                 row = place.get(tuple(str(point.get(d)) for d in DIMS))
                 if row is None or study.points["status"][row] != 1 or not chosen(str(point["variant"])):
                     continue
                 low, high = (float(v) for v in point["interval_90"])
-                hits.append(low <= float(study.points[str(entry["metric"])][row]) <= high)
+                hits.append(low <= float(study.points[metric][row]) <= high)
+                widths.append(math.log(high / low) if 0 < low <= high else math.nan)
                 used.append(study.points.ids[row])
         if not hits:
             raise MissingData(what)
         value = _wilson(sum(hits), len(hits))
-        verdict = NOT_SUPPORTED if value.high < 0.9 else (SUPPORTED if len(hits) >= REGISTERED else UNDECIDED)
-        return Finding(value, verdict, f"{len(hits)} registered predictions", tuple(dict.fromkeys(used)))
+        enough = len(hits) >= REGISTERED and value.low > COVERED[0]
+        verdict = NOT_SUPPORTED if value.high < COVERED[1] else (SUPPORTED if enough else UNDECIDED)
+        wide = number(math.exp(float(np.median(widths))), 2)
+        data = f"{len(hits)} registered runs; the median interval spans a factor of {wide}"
+        return Finding(value, verdict, data, tuple(dict.fromkeys(used)))
 
     return measure
 
@@ -403,7 +453,10 @@ def _wilson(hits: int, count: int) -> Quantity:
     return Quantity(share, centre - half, centre + half)
 
 
-_PREDICTS = f"supported: {REGISTERED} runs or more, interval reaches 0.9; not supported: lies below 0.9"
+_PREDICTS = (
+    f"supported: {REGISTERED} runs or more, interval above {COVERED[0]:g} and reaches {COVERED[1]:g}; "
+    f"not supported: below {COVERED[1]:g}"
+)
 _ABOVE = "supported: interval above 0; not supported: below 0"
 _OUT = f"supported: interval outside [{NEAR_LINEAR[0]:g}, {NEAR_LINEAR[1]:g}]; not supported: inside"
 _SAME = f"supported: interval inside [{SAME_ERROR[0]:g}, {SAME_ERROR[1]:g}]; not supported: outside"
@@ -434,12 +487,28 @@ def statements() -> list[Statement]:
             _size_over_time("made", -1.0),
         )
     )
+    for kind, more, less, sign in (
+        ("transformer", "Model size", "training time", 1.0),
+        ("retnet", "Model size", "training time", 1.0),
+        ("made", "Training time", "model size", -1.0),
+    ):
+        terms = ("N", "D′") if sign > 0 else ("D′", "N")
+        rows.append(
+            Statement(
+                f"1-range-{kind}",
+                "claim 1",
+                f"{more} moves the V-score more than {less} over the range of the runs ({kind})",
+                f"fall of ln V over the range of {terms[0]} minus that over {terms[1]}",
+                _ABOVE,
+                _size_over_time_range(kind, sign),
+            )
+        )
     rows.append(
         Statement(
             "2",
             "claim 2",
             "Transformer and RetNet scale similarly",
-            "relative difference of elasticities (the larger of N, D′), same N and D′",
+            "difference of elasticities in N and in D′, over their mean sum, same N and D′ (Bonferroni)",
             f"supported: both intervals inside ±{SIMILAR:g}; not supported: one outside",
             _similar,
         )
@@ -549,29 +618,38 @@ def statements() -> list[Statement]:
             f"supported: every run above {SAME_ERROR[1]:g}; not supported: none",
             _overcounts,
         ),
-        Statement(
-            "n4",
-            "next check",
-            "The law predicts runs that it was not fitted to",
-            "share of registered held-out runs inside their 90 % interval",
-            _PREDICTS,
-            _registered(
-                lambda variant: not variant.startswith("optimum"),
-                "no finished held-out run was registered with the fit",
-            ),
-        ),
-        Statement(
-            "n3",
-            "next check",
-            "A run trained at the predicted optimum ends where the law says",
-            "share of registered runs inside their 90 % interval",
-            _PREDICTS,
-            _registered(
-                lambda variant: variant.startswith("optimum"),
-                "no finished run of an optimum variant was registered with the fit",
-            ),
-        ),
     ]
+    for metric in METRICS:
+        rows.append(
+            Statement(
+                f"n4-{metric}",
+                "next check",
+                f"The law predicts runs that it was not fitted to ({style.METRIC_NAME[metric]})",
+                "share of registered held-out runs inside their 90 % interval (Wilson, runs as independent)",
+                _PREDICTS,
+                _registered(
+                    lambda variant: not variant.startswith("optimum"),
+                    metric,
+                    "no finished held-out run was registered with the fit",
+                ),
+            )
+        )
+    for metric in METRICS:
+        rows.append(
+            Statement(
+                f"n3-{metric}",
+                "next check",
+                "A run trained at the predicted optimum ends where the law says "
+                f"({style.METRIC_NAME[metric]})",
+                "share of registered runs inside their 90 % interval (Wilson, runs as independent)",
+                _PREDICTS,
+                _registered(
+                    lambda variant: variant.startswith("optimum"),
+                    metric,
+                    "no finished run of an optimum variant was registered with the fit",
+                ),
+            )
+        )
     return rows
 
 
@@ -623,9 +701,12 @@ def verdicts(study: StudyData) -> Sheet:
         word: sum(row["verdict"] == word for row in rows)
         for word in (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURED)
     }
+    drawn = len(rows) - tally[NOT_MEASURED]
     caption = (
         "Verdicts computed from the statistics and rules shown; brackets: 95 % intervals unless the "
         "statistic says otherwise. "
+        "Rows that pick the most different of several comparisons are Bonferroni-corrected; between rows "
+        f"nothing is corrected, so of {drawn} measured rows a few may be decided by chance. "
         "They speak of this replication's runs only. "
         + ", ".join(f"{count} {word}" for word, count in tally.items())
         + "."
