@@ -17,7 +17,13 @@ from figures.registry import Plot, Sheet, Table
 from figures.render import Product
 
 _MARK = re.compile(r"<!-- figures:(?P<name>[\w-]+) -->\n?(?P<body>.*?)<!-- /figures:(?P=name) -->", re.DOTALL)
-SECTIONS = ("numbers", "first-figure", "verdicts", "coefficients", "flops")
+_FIRST = ("v_score_vs_n", "abs_error_vs_n", "training_curves")  # the first that could be drawn
+_TABLES: Mapping[str, tuple[str, ...]] = {  # table -> its columns shown, () for all
+    "verdicts": ("statement", "verdict", "value", "statistic"),
+    "coefficients": (),
+    "flops": (),
+}
+SECTIONS = ("numbers", "first-figure", *_TABLES)
 _OPEN = re.compile(r"<!-- figures:([\w-]+) -->")
 
 
@@ -34,13 +40,16 @@ def check(path: Path) -> None:
 
 
 def rewrite(path: Path, study: StudyData, products: Sequence[Product], folder: Path) -> None:
-    """Fill every marked section of `path` (UTF-8, checked before); figures are linked relative to it."""
+    """Fill every marked section of `path` (UTF-8, checked before) that was built; figures are linked relative
+    to it. What `--only` left out keeps its text."""
     text = path.read_text(encoding="utf-8")
     link = Path(os.path.relpath(folder.resolve(), path.resolve().parent)).as_posix()
     content = sections(study, products, link)
     filled = _MARK.sub(
         lambda m: (
             f"<!-- figures:{m['name']} -->\n{content[m['name']].rstrip()}\n<!-- /figures:{m['name']} -->"
+            if m["name"] in content
+            else m[0]
         ),
         text,
     )
@@ -49,15 +58,15 @@ def rewrite(path: Path, study: StudyData, products: Sequence[Product], folder: P
 
 
 def sections(study: StudyData, products: Sequence[Product], link: str) -> dict[str, str]:
-    """Markdown of every section, by name."""
+    """Markdown of every section whose figure or table was built, by name."""
     built = {product.artefact.name: product for product in products}
-    return {
-        "numbers": _numbers(study),
-        "first-figure": _figure(built, link, ("v_score_vs_n", "abs_error_vs_n", "training_curves")),
-        "verdicts": _table(built, "verdicts", ("statement", "verdict", "value", "statistic")),
-        "coefficients": _table(built, "coefficients"),
-        "flops": _table(built, "flops"),
-    }
+    text = {"numbers": _numbers(study)}
+    if any(name in built for name in _FIRST):
+        text["first-figure"] = _figure(built, link, _FIRST)
+    for name, keys in _TABLES.items():
+        if name in built:
+            text[name] = _table(built[name], keys)
+    return text
 
 
 def _numbers(study: StudyData) -> str:
@@ -87,10 +96,9 @@ def _figure(built: Mapping[str, Product], link: str, names: Sequence[str]) -> st
     return "*(no figure could be drawn from this study)*"
 
 
-def _table(built: Mapping[str, Product], name: str, keys: Sequence[str] = ()) -> str:
-    product = built.get(name)
-    if product is None or not isinstance(product.result, Sheet):
-        return f"*(missing: {product.reason if product is not None else 'not built'})*"
+def _table(product: Product, keys: Sequence[str]) -> str:
+    if not isinstance(product.result, Sheet):
+        return f"*(missing: {product.reason})*"
     table = product.result.table
     if keys:
         table = Table(tuple(c for key in keys for c in table.columns if c.key == key), table.rows)

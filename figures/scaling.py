@@ -99,7 +99,7 @@ def _along(part: Points, x: str, at: np.ndarray) -> np.ndarray:
         (float(np.mean(np.log(part[x][rows]))), float(np.mean(np.log(part[_OTHER[x]][rows]))))
         for rows in groups.values()
     )
-    return np.exp(np.interp(np.log(at), [n[0] for n in nodes], [n[1] for n in nodes]))
+    return np.asarray(np.exp(np.interp(np.log(at), [n[0] for n in nodes], [n[1] for n in nodes])))
 
 
 def _curve(

@@ -285,7 +285,9 @@ _SCHEDULED = ("learning_rate", "n_samples", "n_unique", "search_fraction")
 
 def _count_axis(axis: Axes, space: float, label: str) -> None:
     """A right axis that reads S_F as a count of determinants."""
-    right = axis.secondary_yaxis("right", functions=(lambda s: s * space, lambda count: count / space))
+    right = axis.secondary_yaxis(
+        "right", functions=(lambda s: np.multiply(s, space), lambda count: np.divide(count, space))
+    )
     low, high = (value * space for value in axis.get_ylim())
     ticks = [tick for tick in style.log_ticks(low, high, 4) if low <= tick <= high]
     right.set_yticks(ticks, style.tick_labels(ticks))

@@ -950,6 +950,11 @@ def test_readme_sections(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert cli.main([*arguments, "--only", "v_score_vs_n"]) == 0
     assert readme.read_text() == text
+    # a section that --only leaves out keeps its text
+    kept = text + "<!-- figures:verdicts -->\nkept\n<!-- /figures:verdicts -->\n"
+    readme.write_text(kept)
+    assert cli.main([*arguments, "--only", "molecules"]) == 0
+    assert readme.read_text() == kept
 
 
 @pytest.mark.parametrize(
