@@ -112,15 +112,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Train what is not done."""
     study, store = _open(arguments)
     points = _only(study, arguments.only)
-    from replicate.engine.sweep import sweep
+    from replicate.engine.ranks import launched, sweep_on_ranks
+    from replicate.engine.sweep import Outcome, sweep
     from replicate.plan import estimates, longest_first
 
     options = _options(arguments)
     known = estimates(study, store)
     expected = {estimate.point.id: estimate.seconds for estimate in known}
-    outcome = sweep(
-        study, longest_first(points, known), options, _engine(arguments, options, store), expected
-    )
+    ordered = longest_first(points, known)
+    outcome: Outcome | None
+    if launched():
+        if arguments.workers or arguments.engine != "local":
+            raise UserError("--workers, --engine: not under torchrun, whose ranks share one point at a time")
+        outcome = sweep_on_ranks(study, ordered, options, expected)
+        if outcome is None:  # the first rank tells
+            return DONE
+    else:
+        outcome = sweep(study, ordered, options, _engine(arguments, options, store), expected)
     if outcome.fatal:
         _warn(outcome.fatal)
         return FAILED

@@ -25,6 +25,7 @@ import xarray as xr
 from replicate import provenance
 from replicate.molecule import Molecule, load_molecule
 from replicate.plan import estimated_parts
+from replicate.ranks import ALONE, Group
 from replicate.spec import SCHEMA, CheckpointSpec, MoleculeSpec, Point
 from replicate.store import Store, StoreError
 from replicate.trainer import Checkpoint, train
@@ -207,20 +208,22 @@ def run_point(
     cache: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda step: None,
+    group: Group = ALONE,
 ) -> xr.Dataset | None:
     """Train, evaluate and store one point, going on from its checkpoint if there is one.
 
     `stop` is asked after every step: once it is true a checkpoint is written and None returned. The caller
-    holds the point's claim. Raises what the trainer raises, and StoreError.
+    holds the point's claim. Raises what the trainer raises, and StoreError. In a `group` the first rank alone
+    reads and writes, decides and returns the Dataset; its store, cache, `checkpoint` and `stop` count.
     """
     every = checkpoint or CheckpointSpec()
     _reset_peak_memory()
-    molecule = get_molecule(point, cache)
+    molecule = group.share(lambda: get_molecule(point, cache))
     progress, resume = Progress.empty(point.steps), None
-    stored = store.read_checkpoint(point.id)
+    stored = group.share(lambda: store.read_checkpoint(point.id))
     if stored is not None:
         progress, resume = Progress.split(stored)
-    run = train(point, molecule, device=device, resume=resume)
+    run = train(point, molecule, device=device, resume=resume, group=group)
     kept = set(record_grid(point.steps).tolist())
     began = last_time = time.perf_counter()
     last_step, troubled = progress.step, False
@@ -237,11 +240,11 @@ def run_point(
     for record in run:
         progress.add(record, keep=progress.step + 1 in kept)
         on_step(progress.step)
-        stopping = stop()
+        stopping = bool(group.agree(int(stop())))
         due = (every.seconds and time.perf_counter() - last_time >= every.seconds) or (
             every.steps and progress.step - last_step >= every.steps
         )
-        if stopping or due:
+        if group.first and (stopping or due):
             clock()
             try:
                 store.write_checkpoint(point.id, progress.into(run.checkpoint()))
@@ -260,7 +263,10 @@ def run_point(
     began = time.perf_counter()
     evaluation = run.evaluate()
     evaluation_seconds = time.perf_counter() - began
-    data = _dataset(point, molecule, progress, evaluation, run, evaluation_seconds, device)
+    if not group.first:
+        return None
+    where = {**provenance.collect(), "device": device, "ranks": group.size}
+    data = _dataset(point, molecule, progress, evaluation, run, evaluation_seconds, where)
     store.write_point(point.id, data)
     return data
 
@@ -272,7 +278,7 @@ def _dataset(
     evaluation: Evaluation,
     run: Any,
     evaluation_seconds: float,
-    device: str,
+    where: dict[str, Any],
 ) -> xr.Dataset:
     flips, samples = molecule.hamiltonian.n_unique_flips, int(progress.n_unique.sum())
     try:  # linear in the samples, so the estimate of their sum is the sum over steps
@@ -311,7 +317,6 @@ def _dataset(
         progress.n_unique.astype(np.int32 if progress.n_unique.max(initial=0) < 2**31 else np.int64),
         {"units": "1", "long_name": "distinct determinants sampled, every step"},
     )
-    where = {**provenance.collect(), "device": device}
     return xr.Dataset(
         variables,
         attrs={

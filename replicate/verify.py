@@ -48,10 +48,11 @@ def choose(points: Sequence[Point], store: Store, sample: int, seed: int = 0) ->
 
 
 def same_place(stored: dict[str, Any]) -> bool:
-    """Whether bits can be expected to agree: same versions, processor, threads of torch and device kind."""
+    """Whether bits can be expected to agree: one process, same versions, processor and device kind."""
     here = provenance.collect()
     return (
         stored["versions"] == here["versions"]
+        and stored.get("ranks", 1) == 1
         and stored["hardware"]["cpu"] == here["hardware"]["cpu"]
         and stored["accelerator"] == here["accelerator"]
     )

@@ -8,6 +8,7 @@ sweep.py   queue, outcome, signals: the same for every engine
 local.py   processes on this machine; always there
 dask.py    a Dask cluster (extra `dask`)
 slurm.py   Slurm job arrays through submitit (extra `slurm`)
+ranks.py   one point at a time on processes that torchrun has started
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def _study(spec: str, point_id: str) -> Study:
     return _studies[spec]
 
 
-def _prepare(options: Options) -> str:
+def prepare(options: Options) -> str:
     """Threads and device of this process; UserError where the device is not there."""
     import torch
 
@@ -43,11 +43,20 @@ def _prepare(options: Options) -> str:
     return "cpu"
 
 
-def run_task(spec: str, point_id: str, options: Options, stop: Callable[[], bool]) -> Report:
-    """Run one point of the spec file; never raises what a point, its folder or its spec can cause."""
+def run_task(
+    spec: str,
+    point_id: str,
+    options: Options,
+    stop: Callable[[], bool],
+    train: Callable[..., xr.Dataset | None] | None = None,
+) -> Report:
+    """Run one point of the spec file; never raises what a point, its folder or its spec can cause.
+
+    `train`: what to do instead of `run_point` once the point is claimed.
+    """
     warnings: list[str] = []
     try:
-        device = _prepare(options)
+        device = prepare(options)
         study = _study(spec, point_id)
     except Exception as error:  # every point would fail alike: end the sweep
         return Report(
@@ -69,7 +78,9 @@ def run_task(spec: str, point_id: str, options: Options, stop: Callable[[], bool
             if store.point_path(point_id).exists():  # finished by another sweep a moment ago
                 return Report("skipped")
             cache = options.artifacts / ".molecules"
-            data = run_point(point, store, device=device, checkpoint=study.checkpoint, cache=cache, stop=stop)
+            data = (train or run_point)(
+                point, store, device=device, checkpoint=study.checkpoint, cache=cache, stop=stop
+            )
         if data is None:
             return Report("stopped", warnings=tuple(warnings))
         return Report("done", summarise(point, data), seconds_of(data), tuple(warnings))
