@@ -222,7 +222,8 @@ class Kernel:
         faster where those are most of them. `share` (r, k): the r-th of k shares of the elements; all shares
         together are the whole, and of about equal cost.
         """
-        rows, columns, values = [], [], []
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows, columns, values = [empty], [empty], [empty.to(torch.float64)]
         for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes, share=share):
             rows.append(row + start)
             columns.append(column)

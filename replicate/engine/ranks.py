@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -82,10 +81,10 @@ def _serve(group: Group, device: str, store: Store) -> None:
                 break
             run_point(point, store, device=device, group=group)
     except RankLostError:  # the first rank tells
-        sys.exit(1)
+        os._exit(1)
     except Exception as error:
         group.fail(error)
-        sys.exit(1)
+        os._exit(1)  # at once: only then do the others, who wait for this rank, notice
     leave()
 
 
