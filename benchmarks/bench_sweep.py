@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from replicate.engine.base import Options
+from replicate.engine.base import Handle, Options
 from replicate.engine.local import LocalEngine
 from replicate.engine.sweep import sweep
 from replicate.run import run_point
@@ -120,29 +120,28 @@ def collect_cost(points: int) -> tuple[float, float]:
 def overhead_seconds() -> float:
     """Time per point beyond training and evaluation, on the local engine with one worker, after its imports.
 
-    From the end of the first point to the end of the last: claims, wave function, sector, provenance, file,
-    report.
+    A point is submitted when the one before has ended. From the second to the last: claims, wave function,
+    sector, provenance, file, report.
     """
     with tempfile.TemporaryDirectory() as name:
         study = make_study(Path(name), SWEPT, [2])
-        first = study.points[:1]
-        ends: list[float] = []
+        submitted: list[float] = []
 
         class Watched(LocalEngine):
-            def wait(self, seconds: float) -> None:
-                super().wait(seconds)
-                ends.append(time.perf_counter())
+            def submit(self, spec: str, point_id: str) -> Handle:
+                submitted.append(time.perf_counter())
+                return super().submit(spec, point_id)
 
         options = Options(workers=1, device="cpu", artifacts=Path(name))
-        warm = [point for point in study.points if point.molecule.name == first[0].molecule.name]
+        warm = [point for point in study.points if point.molecule.name == "H2"]
         outcome = sweep(study, warm, options, lambda say: Watched(options))
         assert len(outcome.done) == len(warm)
         store, training = Store.of(study, Path(name)), 0.0
-        for point in warm[1:]:
+        for point in warm[1:-1]:
             data = store.read_point(point.id)
             assert data is not None
             training += float(data["wall_seconds"]) + float(data["evaluation_seconds"])
-        return (ends[-1] - ends[0] - training) / (len(warm) - 1)
+        return (submitted[-1] - submitted[1] - training) / (len(warm) - 2)
 
 
 class Sweep:

@@ -121,9 +121,10 @@ class DaskEngine:
 
     def close(self) -> None:
         """Tasks at work on somebody else's cluster go on to their next look at the stop file."""
-        if any(handle.report is None for _, handle in self._handles.values()):
+        left = [future for future, handle in self._handles.values() if handle.report is None]
+        if left:
             self._stop.request()
-            self._client.cancel([future for future, _ in self._handles.values()], force=True)
+            self._client.cancel(left, force=True)
         else:
             self._stop.clear()
         self._client.close()
