@@ -348,8 +348,11 @@ class Store:
                 if path.exists() and self._owner_lives(path) is not False:
                     return None
                 temporary = _temporary(path)
-                temporary.write_text(content, encoding="utf-8")
-                temporary.replace(path)
+                try:
+                    temporary.write_text(content, encoding="utf-8")
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         return Claim(path, content)
 
     def free(self, point_id: str) -> bool:

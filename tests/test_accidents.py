@@ -83,7 +83,7 @@ def test_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(
     assert "the disk is full" in full.stderr
     assert "Traceback" not in full.stderr
     assert store.point_path(first.id).read_bytes() == before
-    assert not store.point_path(second.id).exists()
+    assert {p.name for p in store.points.iterdir()} == {".lock", f"{first.id}.nc"}
 
     filler.unlink()
     done = run(path, small_disk, "--workers", 1)
