@@ -73,7 +73,7 @@ def test_sweep_on_a_full_disk_says_so_and_goes_on_once_there_is_room(
     path = write_spec(("seeds = [0]", "seeds = [0, 1]"))
     study = load_study(path)
     store = Store.of(study, small_disk)
-    first, second = study.points
+    first = study.points[0]
     assert run(path, small_disk, "--workers", 1, "--only", first.id).returncode == 0
     before = store.point_path(first.id).read_bytes()
     filler = small_disk / "filler"
