@@ -17,7 +17,7 @@ from replicate.ansatz.base import WaveFunction
 from replicate.hamiltonian import Kernel
 from replicate.ranks import ALONE, Group
 from replicate.sector import to_key_layout
-from replicate.tree import build_tree
+from replicate.tree import PrefixTree, build_tree
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Evaluated:
     nodes: int = 0
     tips: int = 0
 
+    @classmethod
+    def of(cls, tree: PrefixTree) -> Evaluated:
+        """One pass over `tree`, already made: tips are counted only where the network ran on them."""
+        return cls(tree.n_leaves, tree.n_nodes, tree.n_tips if tree.knows_tips else 0)
+
     def __add__(self, other: Evaluated) -> Evaluated:
         return Evaluated(
             self.determinants + other.determinants, self.nodes + other.nodes, self.tips + other.tips
@@ -65,11 +70,13 @@ class Evaluated:
 @dataclass(frozen=True)
 class LocalEnergies:
     """`values`: complex128 (batch,), Hartree. `log_prob`: float64 (batch,), of the batch itself. Both are
-    whole on every rank. `cost`: forward passes that this rank has made for them."""
+    whole on every rank. `cost`: forward passes that this rank has made for them. `element_flops`: of the
+    matrix products that gave it the Hamiltonian's elements."""
 
     values: Tensor
     log_prob: Tensor
     cost: Evaluated
+    element_flops: int
 
 
 # -- the whole sector at once --------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def tree_amplitudes(wave: WaveFunction, keys: Tensor, chunk: int) -> tuple[Tenso
         tree = build_tree(part, wave.sector, wave.feasible(keys.device))
         log_prob[start : start + chunk] = wave.log_prob(tree)
         phase[start : start + chunk] = wave.phase(part)
-        cost += Evaluated(part.shape[0], tree.n_nodes, tree.n_tips)
+        cost += Evaluated.of(tree)
     return log_prob, phase, cost
 
 
@@ -144,7 +151,8 @@ def local_energies_exact(
     own = itself[connected.row]
     log_ratio = 0.5 * (log_prob[where] - log_prob[own])
     values = _contract(keys.shape[0], connected.row, connected.value, log_ratio, phase[where] - phase[own])
-    return LocalEnergies(group.gather(values, cuts), group.gather(log_prob[itself], cuts), cost)
+    log_prob = group.gather(log_prob[itself], cuts)
+    return LocalEnergies(group.gather(values, cuts), log_prob, cost, connected.flops)
 
 
 def local_energies_sampled(
@@ -169,7 +177,7 @@ def local_energies_sampled(
     row, where, value = inside.row, inside.column, inside.value
     log_ratio = 0.5 * (log_prob[where] - log_prob[row])
     values = group.sum(_contract(keys.shape[0], row, value, log_ratio, phase[where] - phase[row]))
-    return LocalEnergies(values, log_prob, cost)
+    return LocalEnergies(values, log_prob, cost, inside.flops)
 
 
 @torch.no_grad()
@@ -188,10 +196,12 @@ def local_energies_paper(
     keys = keys[group.own(cuts)]
     values = torch.empty(keys.shape, dtype=torch.complex128, device=keys.device)
     log_prob = torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
+    element_flops = 0
     for start in range(0, keys.shape[0], rows):
         part = keys[start : start + rows]
         log_psi = wave.flat_log_psi((part.unsqueeze(1) ^ flips).view(-1)).view(-1, flips.shape[0])
         connected = kernel.connected(part)
+        element_flops += connected.flops
         column = torch.searchsorted(flips, part[connected.row] ^ connected.key)
         ratio = log_psi[connected.row, column] - log_psi[connected.row, own]
         values[start : start + rows] = _contract(
@@ -199,7 +209,8 @@ def local_energies_paper(
         )
         log_prob[start : start + rows] = 2 * log_psi[:, own].real
     cost = Evaluated(determinants=keys.shape[0] * flips.shape[0])
-    return LocalEnergies(group.gather(values, cuts), group.gather(log_prob, cuts), cost)
+    values, log_prob = group.gather(values, cuts), group.gather(log_prob, cuts)
+    return LocalEnergies(values, log_prob, cost, element_flops)
 
 
 LOCAL_ENERGY = {

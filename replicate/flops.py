@@ -107,10 +107,11 @@ def estimate_sample(
     sampling: str | None = None,
     attention: bool = True,
 ) -> dict[str, int]:
-    """FLOPs per unique sample and step in named parts: S, M F, M phi, 3 F, 3 phi and their total.
+    """FLOPs per unique sample and step in named parts: S, M F, M phi, F, phi, 2 F, 2 phi and their total.
 
-    RetNet's local energies are counted in its recurrent form, its gradient in the parallel one. What
-    attention (or retention) takes of a part is the difference to the same with `attention=False`.
+    The gradient is a forward pass and a backward pass of twice its cost. RetNet's local energies are counted
+    in its recurrent form, its gradient in the parallel one. What attention (or retention) takes of a part is
+    the difference to the same with `attention=False`.
     """
     forward = forward_estimate(kind, params, n_qubits, attention=attention)
     local = recurrent_estimate(params, n_qubits, attention=attention) if kind == "retnet" else forward
@@ -119,8 +120,10 @@ def estimate_sample(
         "sampling": sampling_estimate(kind, params, n_qubits, convention=sampling, attention=attention),
         "local_energy_modulus": n_unique_flips * local,
         "local_energy_phase": n_unique_flips * phase,
-        "gradient_modulus": 3 * forward,
-        "gradient_phase": 3 * phase,
+        "forward_modulus": forward,
+        "forward_phase": phase,
+        "backward_modulus": 2 * forward,
+        "backward_phase": 2 * phase,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -177,6 +180,17 @@ def tree_forward(
     attention = 4 * blocks * block_width * keys * d * layers
     forward = 2 * blocks * block_width * other + 2 * nodes * 4 * d + attention
     return 2 * forward if backward else forward
+
+
+def flat_forward(kind: str, params: Params, n_qubits: int, *, rows: int, backward: bool = False) -> int:
+    """Modulus on whole sequences of `rows` determinants (`flat_logits`), or what its gradient adds.
+
+    The estimate's F without what it adds for MADE's biases (2 each), which are no products.
+    """
+    first, other = _dense(kind, params, n_qubits)
+    if kind == "made":
+        return 2 * rows * (first + 2 * other if backward else first + other)
+    return (2 if backward else 1) * rows * forward_estimate(kind, params, n_qubits)
 
 
 def phase_forward(width: int, depth: int, n_qubits: int, *, rows: int, backward: bool = False) -> int:

@@ -47,11 +47,13 @@ class Connected:
 
     `row`: int64 (P,), nondecreasing. `key`: int64 (P,), x' in key layout, inside the sector, x itself
     included (its diagonal element, whatever its size). `value`: float64 (P,), Hartree, symmetric in x and x'.
+    `flops`: of the matrix products that gave them.
     """
 
     row: Tensor
     key: Tensor
     value: Tensor
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Elements:
     """Matrix elements between the determinants of one set: row and column int64 (P,), value
     float64 (P,), Hartree.
 
-    Both triangles and the whole diagonal, each element once, in no particular but a fixed order.
+    Both triangles and the whole diagonal, each element once, in no particular but a fixed order. `flops`: of
+    the matrix products that gave them.
     """
 
     row: Tensor
     column: Tensor
     value: Tensor
+    flops: int = 0
 
 
 class Kernel:
@@ -142,7 +146,7 @@ class Kernel:
             rows.append(row + start)
             connected.append(key)
             values.append(value)
-        return Connected(_join(rows), _join(connected), _join(values))
+        return Connected(_join(rows), _join(connected), _join(values), self._connected_flops(len(keys)))
 
     def count(self, keys: Tensor, max_bytes: int | None = None) -> int:
         """Upper bound of the number of elements that `connected` finds, at a small part of its cost."""
@@ -152,6 +156,9 @@ class Kernel:
 
     def _chunk_rows(self, max_bytes: int | None) -> int:
         return max(1, self._scratch(max_bytes) // (24 * len(self._flips)))
+
+    def _pair_rows(self, size: int, max_bytes: int | None) -> int:
+        return max(1, self._scratch(max_bytes) // (24 * max(size, 1)))
 
     def _scratch(self, max_bytes: int | None) -> int:
         if max_bytes is not None:
@@ -196,6 +203,27 @@ class Kernel:
             self._add_general(keys, row, column, value)
         return value
 
+    # Executed FLOPs: the dense products of the methods above and below, a multiply-add being 2, from their
+    # shapes alone. Products of a matrix and a vector (the diagonal's linear part) are left out, as by torch.
+
+    def _connected_flops(self, rows: int) -> int:
+        """Balance and local bits against all patterns, then the values."""
+        patterns = self._conserve.shape[1] + self._code.shape[1]
+        return 2 * rows * self.n_qubits * patterns + self._values_flops(rows)
+
+    def _values_flops(self, rows: int) -> int:
+        return 2 * rows * self.n_qubits * (self.n_qubits + self._n_linear)
+
+    def _within_flops(self, size: int, max_bytes: int | None, share: tuple[int, int]) -> int:
+        if size >= _PAIRS_BELOW * len(self._flips):
+            own = _own_rows(size, share)
+            return self._connected_flops(own.stop - own.start)
+        first, last = _triangle_rows(size, share)
+        step = self._pair_rows(size, max_bytes)
+        pairs = sum(min(step, last - start) * (size - start) for start in range(first, last, step))
+        diagonal = 2 * (last - first) * self.n_qubits**2
+        return 2 * self.n_qubits * pairs + diagonal + self._values_flops(last - first)
+
     def _add_general(self, keys: Tensor, row: Tensor, column: Tensor, value: Tensor) -> None:
         """Values of patterns that fit neither form, string by string, into `value`."""
         first = len(self._flips) - self._n_general
@@ -228,7 +256,8 @@ class Kernel:
             rows.append(row + start)
             columns.append(column)
             values.append(value)
-        return Elements(_join(rows), _join(columns), _join(values))
+        flops = self._within_flops(len(keys_sorted), max_bytes, share)
+        return Elements(_join(rows), _join(columns), _join(values), flops)
 
     def sector_matrix(
         self, keys_sorted: Tensor, max_bytes: int | None = None, rows: slice | None = None
@@ -286,14 +315,12 @@ class Kernel:
 
         Of the rows in the range `rows` (None: all), or of a `share` as in `within`.
         """
-        size, (r, k) = len(keys), share
+        size = len(keys)
         every = rows is None or (rows.start, rows.stop) == (0, size)
         if every and size < _PAIRS_BELOW * len(self._flips):
-            # a row has all later ones to be compared with: shares of equal area of the triangle
-            first, last = (round(size * (1 - math.sqrt(1 - i / k))) for i in (r, r + 1))
-            yield 0, size, *self._by_distance(keys, max_bytes, first, last)
+            yield 0, size, *self._by_distance(keys, max_bytes, *_triangle_rows(size, share))
             return
-        rows = rows or slice(size * r // k, size * (r + 1) // k)
+        rows = rows or _own_rows(size, share)
         own = keys[rows]
         for start, row, key, value in self._chunks(own, max_bytes):
             column = torch.searchsorted(keys, key).clamp_(max=size - 1)
@@ -312,7 +339,7 @@ class Kernel:
         spins32 = self._spins(keys, torch.float32)
         rows = [torch.arange(first, last, device=self.device)]
         columns, values = rows.copy(), [self.diagonal(keys[first:last])]
-        step = max(1, self._scratch(max_bytes) // (24 * max(size, 1)))
+        step = self._pair_rows(size, max_bytes)
         for start in range(first, last, step):
             part = keys[start : min(start + step, last)]
             # the product of two determinants' spins is n - 2 x the number of qubits on which they differ
@@ -338,6 +365,19 @@ class Kernel:
             columns += [column, row]
             values += [value, value]
         return _join(rows), _join(columns), _join(values)
+
+
+def _own_rows(size: int, share: tuple[int, int]) -> slice:
+    """Share r of k of `size` rows."""
+    r, k = share
+    return slice(size * r // k, size * (r + 1) // k)
+
+
+def _triangle_rows(size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """The same where a row has all later ones to be compared with: equal area of the triangle."""
+    r, k = share
+    first, last = (round(size * (1 - math.sqrt(1 - i / k))) for i in (r, r + 1))
+    return first, last
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ B_max at the end, largest counts first (ties: smaller key first).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +100,34 @@ def truncate(keys: Tensor, counts: Tensor, n_orbitals: int, batch_max: int) -> S
     return Samples(keys[final], counts[final])
 
 
+Advance = Callable[[Level, State], tuple[Tensor, State]]  # `Modulus.advance`
+
+
+def whole_passes(wave: WaveFunction) -> Advance:
+    """`advance` without a state: every prefix takes a pass over a whole sequence, as the study counts it."""
+    n_orbitals = wave.sector.n_orbitals
+
+    def advance(level: Level, state: State) -> tuple[Tensor, State]:
+        keys = level.prefix << 2 * (n_orbitals - level.index)
+        return wave.network.flat_logits(keys)[:, level.index], ()
+
+    return advance
+
+
 @torch.no_grad()
-def sample_tree(wave: WaveFunction, n_samples: int, batch_max: int, generator: torch.Generator) -> Samples:
-    """Grow the tree of samples level by level, network states (cache, recurrence, units) carried along."""
+def sample_tree(
+    wave: WaveFunction,
+    n_samples: int,
+    batch_max: int,
+    generator: torch.Generator,
+    advance: Advance | None = None,
+) -> Samples:
+    """Grow the tree of samples level by level, network states (cache, recurrence, units) carried along.
+
+    `advance`: another way to the logits of a level than the network's own.
+    """
     sector, device = wave.sector, generator.device
+    advance = advance or wave.network.advance
     feasible = wave.feasible(device)
     prefix = torch.zeros(1, dtype=torch.int64, device=device)
     counts = torch.full((1,), float(n_samples), dtype=torch.float64, device=device)
@@ -120,7 +145,7 @@ def sample_tree(wave: WaveFunction, n_samples: int, batch_max: int, generator: t
         if nodes[-1]:
             symbol = prefix[rows] & 3 if placed else torch.full_like(rows, START)
             level = Level(placed, parent[rows], symbol, prefix[rows])
-            logits, state = wave.network.advance(level, state)
+            logits, state = advance(level, state)
             mask = feasible.mask[placed, alpha[rows], beta[rows]]
             children[rows] = split_tokens(counts[rows], log_conditionals(logits, mask).exp(), generator)
 

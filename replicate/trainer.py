@@ -16,6 +16,8 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +25,6 @@ from torch import Tensor
 
 from replicate import flops, schedules
 from replicate.ansatz import build_wave_function
-from replicate.ansatz.transformer import BLOCK_WIDTH
 from replicate.energy import (
     LOCAL_ENERGY,
     Evaluated,
@@ -32,12 +33,13 @@ from replicate.energy import (
     local_energies_sampled,
     local_from_product,
 )
+from replicate.executed import NetworkFlops
 from replicate.hamiltonian import Hamiltonian, Kernel
 from replicate.memory import keep_freed_memory
 from replicate.provenance import stream_seed
 from replicate.ranks import ALONE, Group
 from replicate.regime import choose_regime
-from replicate.sampler import Samples, sample_tree, split_binary, truncate
+from replicate.sampler import Advance, Samples, sample_tree, split_binary, truncate, whole_passes
 from replicate.sector import Sector
 from replicate.spec import Point
 from replicate.tree import PrefixTree, build_tree
@@ -86,6 +88,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """A pass with gradients over samples: log p and phi (batch,), what it cost and what its gradient will."""
+
+    log_prob: Tensor
+    phase: Tensor
+    flops: int
+    flops_backward: int
+
+
+@dataclass(frozen=True)
 class SectorBatch:
     """The whole sector as one batch: its keys, and of this rank's `rows` (those of all: `cuts`) the tree, the
     inputs of the phase network and the sparse sector matrix."""
@@ -109,6 +121,46 @@ def train(
     """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), new or resumed."""
     hamiltonian = problem if isinstance(problem, Hamiltonian) else problem.hamiltonian
     return Training(point, hamiltonian, torch.device(device), resume, group)
+
+
+PARTS = ("sampling", "forward", "local_energy", "backward")
+"""Named parts of a step. `forward`: the pass with gradients, which serves local energies too where it can."""
+
+
+class Stopwatch:
+    """Seconds by part of a step: `lap` ends a part, `stop` the step.
+
+    On CUDA the marks are events of the stream, since kernels run after the calls that ask for them; `stop`
+    expects that the step has just been waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._marks = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """End `part`, which began where the one before ended."""
+        self._marks.append((part, self._now()))
+
+    def stop(self) -> None:
+        """Add the step's parts to `seconds`."""
+        if self.cuda:
+            self._marks[-1][1].synchronize()
+        for (_, before), (part, after) in pairwise(self._marks):
+            took = before.elapsed_time(after) / 1e3 if self.cuda else after - before
+            self.seconds[part] += took
 
 
 class Training:
@@ -150,8 +202,9 @@ class Training:
         self.regime = choose_regime(point, self.sector, hamiltonian.n_unique_flips)
         self._batch: SectorBatch | None = None
         self.step = 0
-        self.wall_parts = {"forward_and_sampling": 0.0, "local_energy": 0.0, "gradient": 0.0}
-        self.flops_parts = dict.fromkeys(self.wall_parts, 0)  # executed, of the steps made here
+        self.watch = Stopwatch(device)
+        self.network_flops = NetworkFlops(point, self.sector.n_qubits, self.wave.n_modulus)
+        self.flops_parts = dict.fromkeys(PARTS, 0)  # executed, of the steps made here
         if resume is not None:
             self._restore(resume)
 
@@ -164,6 +217,11 @@ class Training:
     def n_phase(self) -> int:
         """N_ph."""
         return self.wave.n_phase
+
+    @property
+    def wall_parts(self) -> dict[str, float]:
+        """Seconds by part of the steps made here; `backward` with clipping and update."""
+        return self.watch.seconds
 
     def __iter__(self) -> Iterator[Record]:
         while self.step < self.point.steps:
@@ -181,7 +239,6 @@ class Training:
         for name, executed in parts.items():
             self.flops_parts[name] += executed
 
-        began = time.perf_counter()
         self.group.sum_gradients(self.weights.values())
         norm = torch.nn.utils.clip_grad_norm_(
             self.weights.values(), spec.train.clip or math.inf, foreach=True
@@ -192,7 +249,8 @@ class Training:
         # The only transfer from the device: everything a record needs, at once.
         numbers = torch.cat([outcome, norm.to(torch.float64).view(1)]).tolist()
         energy, variance, n_unique, grad_norm = numbers
-        self.wall_parts["gradient"] += time.perf_counter() - began
+        self.watch.lap("backward")
+        self.watch.stop()
         if not math.isfinite(energy) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step + 1}: energy {energy}, gradient norm {grad_norm}")
         self.step += 1
@@ -217,26 +275,38 @@ class Training:
         return self._batch
 
     def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
-        batch, group, clock = self.batch, self.group, time.perf_counter
-        began = clock()
+        batch, group = self.batch, self.group
+        self.watch.start()
         log_prob = self.wave.log_prob(batch.tree)
         phase = self.wave.phase.evaluate(*batch.phase_inputs)
+        self.watch.lap("forward")
         with torch.no_grad():
             every_log_prob = group.gather(log_prob.detach(), batch.cuts)
             every_phase = group.gather(phase.detach(), batch.cuts)
             counts = self._draw(n_samples, every_log_prob)
             weights = counts / counts.sum()
-            sampled = clock()
+            self.watch.lap("sampling")
             psi = amplitudes(every_log_prob, every_phase)
             if self.point.local_energy == "sampled":
                 psi = psi * (counts > 0).unsqueeze(1)
             own = local_from_product(psi[batch.rows], batch.matrix @ psi)
             outcome = self._outcome(group.gather(own, batch.cuts), weights, counts)
             mean_log_prob = (weights * every_log_prob).sum() if entropy else 0.0
-        energy_done = clock()
+        self.watch.lap("local_energy")
         self._backward(log_prob, phase, own, weights[batch.rows], outcome, entropy, mean_log_prob)
-        self._time(began, sampled, energy_done)
-        return outcome, self._whole_flops(batch)
+        return outcome, self._whole_flops
+
+    @cached_property
+    def _whole_flops(self) -> dict[str, int]:
+        """Executed FLOPs by part: every step makes the same passes. Samples and probabilities are products of
+        no matrices."""
+        cost = Evaluated.of(self.batch.tree)
+        return {
+            "sampling": 0,
+            "forward": self.network_flops.tree(cost),
+            "local_energy": 4 * self.batch.matrix.values().shape[0],  # real and imaginary part of psi
+            "backward": self.network_flops.tree(cost, backward=True),
+        }
 
     def _draw(self, n_samples: int, log_prob: Tensor) -> Tensor:
         """Counts of the sector's determinants: float64 (size,)."""
@@ -257,39 +327,66 @@ class Training:
     # -- a growing tree of samples --------------------------------------------------------------------------
 
     def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
-        clock, spec = time.perf_counter, self.point
-        began = clock()
-        samples = self._sample(n_samples, spec.sampling.batch_max, self.generator)
-        keys, weights, cost = samples.keys, samples.weights, Evaluated()
+        spec, count, executed = self.point, self.network_flops, dict.fromkeys(PARTS, 0)
+        self.watch.start()
+        anew = self._advance_anew
+        samples = self._sample(n_samples, spec.sampling.batch_max, self.generator, anew)
+        executed["sampling"] = count.sampling(samples.nodes, reuse=anew is None)
+        keys, weights = samples.keys, samples.weights
+        self.watch.lap("sampling")
         own = self.group.own(self.group.even(keys.shape[0]))
         # One forward pass serves the local energies and the gradient where all of its activations fit.
         forward = self._forward(keys[own]) if own.stop - own.start <= self.gradient_chunk else None
-        sampled = clock()
+        self.watch.lap("forward")
         with torch.no_grad():
             place = (self.wave, self.kernel, keys, self.chunk, self.group)
             if forward and spec.local_energy == "sampled":
-                amplitude = (forward[1].detach(), forward[2].detach().to(torch.float64))
+                amplitude = (forward.log_prob.detach(), forward.phase.detach().to(torch.float64))
                 found = local_energies_sampled(*place, amplitude)
             else:
                 found = LOCAL_ENERGY[spec.local_energy](*place)
             outcome = self._outcome(found.values, weights, samples.counts)
             mean_log_prob = (weights * found.log_prob).sum() if entropy else 0.0
-        energy_done = clock()
+        cost = found.cost
+        passes = count.flat(cost.determinants) if self.no_reuse else count.tree(cost)
+        executed["local_energy"] = found.element_flops + passes
+        self.watch.lap("local_energy")
         for start in range(own.start, own.stop, self.gradient_chunk):
             rows = slice(start, min(start + self.gradient_chunk, own.stop))
-            tree, log_prob, phase = forward or self._forward(keys[rows])
-            self._backward(
-                log_prob, phase, found.values[rows], weights[rows], outcome, entropy, mean_log_prob
-            )
-            cost += Evaluated(tree.n_leaves, tree.n_nodes, tree.n_tips)
-        self._time(began, sampled, energy_done)
-        executed = self._tree_flops(samples, found.cost, cost, chunked=forward is None)
+            part = forward or self._forward(keys[rows])
+            self.watch.lap("forward")
+            local, weight = found.values[rows], weights[rows]
+            self._backward(part.log_prob, part.phase, local, weight, outcome, entropy, mean_log_prob)
+            self.watch.lap("backward")
+            executed["forward"] += part.flops
+            executed["backward"] += part.flops_backward
         return outcome, executed
 
-    def _sample(self, n_samples: int, batch_max: int, generator: torch.Generator) -> Samples:
+    @property
+    def no_reuse(self) -> bool:
+        """Whether the step does what the study's FLOP estimate counts: whole passes, nothing shared or kept.
+
+        What is still less than the estimate: a prefix that several samples share is sampled from once, and
+        one whose next token is forced is not sampled from.
+        """
+        return self.point.local_energy == "paper"
+
+    @property
+    def _advance_anew(self) -> Advance | None:
+        """Sampling without a cache in `paper` mode, unless the study samples with a state (RetNet)."""
+        passes = flops.SAMPLING.get(self.point.ansatz.kind, ("passes",))[0] == "passes"
+        return whole_passes(self.wave) if self.no_reuse and passes else None
+
+    def _sample(
+        self,
+        n_samples: int,
+        batch_max: int,
+        generator: torch.Generator,
+        advance: Advance | None = None,
+    ) -> Samples:
         """`sample_tree` on the first rank, which has its cost (`nodes`), for all."""
         if self.group.first:
-            samples = sample_tree(self.wave, n_samples, batch_max, generator)
+            samples = sample_tree(self.wave, n_samples, batch_max, generator, advance)
             self.group.agree(samples.keys.shape[0])
         else:
             keys = torch.empty(self.group.agree(0), dtype=torch.int64, device=self.device)
@@ -298,17 +395,24 @@ class Training:
         self.group.broadcast(samples.counts)
         return samples
 
-    def _forward(self, keys: Tensor) -> tuple[PrefixTree, Tensor, Tensor]:
-        """Tree, log p and phi of sorted distinct keys, with gradients."""
+    def _forward(self, keys: Tensor) -> Forward:
+        """log p and phi of sorted distinct keys, with gradients."""
+        phase, count = self.wave.phase(keys), self.network_flops
+        if self.no_reuse:
+            rows = keys.shape[0]
+            log_prob = self.wave.flat_log_prob(keys)
+            return Forward(log_prob, phase, count.flat(rows), count.flat(rows, backward=True))
         tree = build_tree(keys, self.sector, self.wave.feasible(self.device))
-        return tree, self.wave.log_prob(tree), self.wave.phase(keys)
+        log_prob = self.wave.log_prob(tree)
+        cost = Evaluated.of(tree)
+        return Forward(log_prob, phase, count.tree(cost), count.tree(cost, backward=True))
 
     @property
     def chunk(self) -> int:
         """Determinants per forward pass without gradient, from the memory budget."""
         widest = max(parameter.shape[0] for parameter in self.weights.values() if parameter.dim() == 2)
         per_row = 8 * (12 * self.sector.n_orbitals + 4 * widest)  # tree arrays, activations of one layer
-        if self.point.local_energy == "paper":
+        if self.no_reuse:
             per_row = 8 * 6 * widest * self.sector.n_orbitals  # T positions each, nothing shared
         return max(64, self.point.memory_budget_mb * 2**20 // 2 // per_row)
 
@@ -316,6 +420,8 @@ class Training:
     def gradient_chunk(self) -> int:
         """Determinants per forward and backward pass: all activations are kept."""
         kept = sum(parameter.shape[0] for parameter in self.weights.values() if parameter.dim() == 2)
+        if self.no_reuse:
+            kept *= self.sector.n_orbitals  # T positions each, nothing shared
         per_row = 8 * (12 * self.sector.n_orbitals + 8 * kept)
         return max(64, self.point.memory_budget_mb * 2**20 // 2 // per_row)
 
@@ -350,73 +456,6 @@ class Training:
         live = [(log_prob, to_log_prob), (phase, to_phase)]
         live = [(output, grad) for output, grad in live if output.requires_grad]
         torch.autograd.backward([output for output, _ in live], [grad for _, grad in live])
-
-    def _time(self, began: float, sampled: float, energy_done: float) -> None:
-        self.wall_parts["forward_and_sampling"] += sampled - began
-        self.wall_parts["local_energy"] += energy_done - sampled
-        self.wall_parts["gradient"] += time.perf_counter() - energy_done
-
-    # -- executed FLOPs -------------------------------------------------------------------------------------
-
-    def _foreign_flops(self, nodes: int) -> int:
-        """An ansatz from outside has no exact count: 2 N_mod per position stands for it (Kaplan et al.)."""
-        return 2 * self.n_modulus * nodes
-
-    def _pass_flops(self, cost: Evaluated, *, backward: bool) -> int:
-        """Both networks on a tree: forward, plus with `backward` the gradient's products."""
-        kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
-        phase = (self.point.phase.width, self.point.phase.depth, n)
-        total = 0
-        for gradient in (False, True) if backward else (False,):
-            total += flops.phase_forward(*phase, rows=cost.determinants, backward=gradient)
-            if kind not in flops.SAMPLING:
-                total += (2 if gradient else 1) * self._foreign_flops(cost.nodes)
-                continue
-            total += flops.tree_forward(
-                kind,
-                params,
-                n,
-                nodes=cost.nodes,
-                tips=cost.tips,
-                block_width=BLOCK_WIDTH,
-                backward=gradient,
-            )
-        return total
-
-    def _whole_flops(self, batch: SectorBatch) -> dict[str, int]:
-        cost = Evaluated(batch.tree.n_leaves, batch.tree.n_nodes, batch.tree.n_tips)
-        forward = self._pass_flops(cost, backward=False)
-        return {
-            "forward_and_sampling": forward,
-            "local_energy": 4 * batch.matrix.values().shape[0],  # real and imaginary part of psi
-            "gradient": self._pass_flops(cost, backward=True) - forward,
-        }
-
-    def _tree_flops(
-        self, samples: Samples, local: Evaluated, gradient: Evaluated, *, chunked: bool
-    ) -> dict[str, int]:
-        """By part; the forward pass of the samples belongs to the gradient if that is `chunked`."""
-        kind, params, n = self.point.ansatz.kind, self.point.ansatz.params, self.sector.n_qubits
-        if self.point.local_energy == "paper":
-            found = flops.phase_forward(
-                self.point.phase.width, self.point.phase.depth, n, rows=local.determinants
-            )
-            if kind in flops.SAMPLING:
-                found += local.determinants * flops.forward_estimate(kind, params, n)
-            else:
-                found += local.determinants * self._foreign_flops(self.sector.n_orbitals)
-        else:
-            found = self._pass_flops(local, backward=False)
-        forward = 0 if chunked else self._pass_flops(gradient, backward=False)
-        if kind in flops.SAMPLING:
-            sampling = flops.sampler_forward(kind, params, n, nodes=samples.nodes)
-        else:
-            sampling = self._foreign_flops(sum(samples.nodes))
-        return {
-            "forward_and_sampling": sampling + forward,
-            "local_energy": found,
-            "gradient": self._pass_flops(gradient, backward=True) - forward,
-        }
 
     # -- the final state ------------------------------------------------------------------------------------
 

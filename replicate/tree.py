@@ -93,6 +93,11 @@ class PrefixTree:
         """Nodes without nodes below them, for ansatze that evaluate a whole path at once."""
         return _tips(self)
 
+    @property
+    def knows_tips(self) -> bool:
+        """Whether `tips` have been found, that is, whether something ran on them."""
+        return "tips" in self.__dict__
+
     def blocks(self, width: int) -> Blocks:
         """Depth-first blocks of `width` nodes for attention over ancestors (cached per width)."""
         cache: dict[int, Blocks] = self.__dict__.setdefault("_blocks", {})

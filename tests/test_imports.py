@@ -27,6 +27,7 @@ ORDER = [
     "sampler",
     "energy",
     "flops",
+    "executed",
     "schedules",
     "regime",
     "memory",
