@@ -12,8 +12,10 @@ PARTS = [
     "sampling",
     "local_energy_modulus",
     "local_energy_phase",
-    "gradient_modulus",
-    "gradient_phase",
+    "forward_modulus",
+    "forward_phase",
+    "backward_modulus",
+    "backward_phase",
     "total",
 ]
 COUNTS = ["modulus_parameters", "phase_parameters", "matmul_weights", "forward"]
