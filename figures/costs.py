@@ -9,18 +9,19 @@ from figures import style
 from figures.data import Points, StudyData
 from figures.registry import Cell, Column, MissingData, Plot, Quantity, Table, artefact
 
-GROUPS = ("sampling", "local energy", "gradient", "other")
+GROUPS = ("sampling", "local energy", "forward pass", "gradient", "other")
 _LOOKS = {
     "sampling": (style.OKABE_ITO["orange"], "////"),
     "local energy": (style.OKABE_ITO["purple"], ""),
+    "forward pass": ("#d5d5da", "----"),
     "gradient": (style.OKABE_ITO["sky"], "...."),
     "other": ("#9a9aa2", "xxxx"),
 }
-# In this order: the trainer measures "forward_and_sampling" in one piece, as its sampler shares the
-# forward pass.
+# In this order: older cubes hold "forward_and_sampling" in one piece, and a gradient with its forward pass.
 _WORDS = (
     ("sampl", "sampling"),
     ("local", "local energy"),
+    ("forward", "forward pass"),
     ("grad", "gradient"),
     ("backward", "gradient"),
     ("optim", "gradient"),
@@ -185,7 +186,7 @@ def cost_shares(study: StudyData) -> Plot:
         "The CSV holds the lowest and highest share over the runs."
     )
     if any(
-        "forward" in name
+        "forward_and_sampling" in name
         for family in ("flops_executed_part", "wall_part_seconds")
         for name in study.parts(family)
     ):
