@@ -40,7 +40,11 @@ _EXPONENT_GRIDS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each kind of parameter sits in the vector, and the constant columns of the design."""
+    """Where each kind of parameter sits in the vector, and the constant columns of the design.
+
+    Term k is c_k exp(-sum_e theta_e shapes[k][e] - offsets[k]) over its exponents `term_exponents[k]`;
+    `moments[k]` (n, 1 + m + m m) holds one, its m shapes and their products, for sums over the points.
+    """
 
     design: Design
     objective: Objective
@@ -51,6 +55,7 @@ class Layout:
     shapes: tuple[np.ndarray, ...]
     term_exponents: tuple[tuple[int, ...], ...]
     offsets: tuple[np.ndarray | None, ...]
+    moments: tuple[np.ndarray, ...]
     contrasts: np.ndarray
 
     @property
@@ -129,8 +134,15 @@ def make_layout(design: Design, objective: Objective) -> Layout:
         shapes=tuple(shapes),
         term_exponents=tuple(members),
         offsets=tuple(offsets),
+        moments=tuple(_moments(shape) for shape in shapes),
         contrasts=contrasts,
     )
+
+
+def _moments(shape: np.ndarray) -> np.ndarray:
+    m, n = shape.shape
+    products = (shape[:, None, :] * shape[None]).reshape(m * m, n)
+    return np.ascontiguousarray(np.concatenate([np.ones((1, n)), shape, products]).T)
 
 
 @dataclass
@@ -196,7 +208,7 @@ def derivatives(
     loss = evaluate(layout.objective, layout.design, z, m, tau, width)
     q = layout.power_of(p)
 
-    value = np.einsum("rn,rn->r", weights, loss.value)
+    value = np.vecdot(weights, loss.value)
     wdm = weights * loss.dm
     wdmm = weights * loss.dmm
     curved = weights * loss.curvature
@@ -206,9 +218,7 @@ def derivatives(
     curvature = np.empty((r_batch, size))
     norm2 = np.ones((r_batch, size))
     gradient[:, :n_law] = np.matmul(jac, wdm[:, :, None])[:, :, 0]
-    squares = jac * jac
-    two = np.stack([curved, weights], axis=2)
-    sums = np.matmul(squares, two)
+    sums = np.matmul(jac * jac, np.stack([curved, weights], axis=2))
     curvature[:, :n_law], norm2[:, :n_law] = sums[:, :, 0], sums[:, :, 1]
     if n_model > n_law:
         gradient[:, n_law:n_model] = wdm @ contrasts.T
@@ -235,35 +245,35 @@ def derivatives(
         full = np.matmul(jac * merged[:, None, :], jac.transpose(0, 2, 1))
     centre, mass = np.zeros((r_batch, k_terms, layout.n_exponents)), np.zeros((r_batch, k_terms))
     for k in range(k_terms):
-        members, shapes = layout.term_exponents[k], layout.shapes[k]
+        members = layout.term_exponents[k]
         if not members:
             continue
+        n_own = len(members)
         share = u[k] * p[:, k : k + 1]
         share *= share
         share *= curved
-        mass[:, k] = share.sum(axis=1)
-        centre[:, k, list(members)] = (share @ shapes.T) / np.maximum(mass[:, k], 1e-300)[:, None]
-        mass[:, k] *= q * q
-        a = wdm * u[k]
-        first = a @ shapes.T * q[:, None]
-        pairs = (shapes[:, None, :] * shapes[None]).reshape(len(members) ** 2, -1)
-        second = (a @ pairs.T).reshape(r_batch, len(members), len(members)) * (q * p[:, k])[:, None, None]
+        spread = share @ layout.moments[k]
+        pull = (wdm * u[k]) @ layout.moments[k]
+        pull *= q[:, None]
+        mass[:, k] = spread[:, 0] * (q * q)
+        floor = np.maximum(spread[:, 0], 1e-300)
         for i, e in enumerate(members):
-            full[:, k, k_terms + e] -= first[:, i]
-            full[:, k_terms + e, k] -= first[:, i]
+            centre[:, k, e] = spread[:, 1 + i] / floor
+            full[:, k, k_terms + e] -= pull[:, 1 + i]
+            full[:, k_terms + e, k] -= pull[:, 1 + i]
             for j, e2 in enumerate(members):
-                full[:, k_terms + e, k_terms + e2] += second[:, i, j]
+                full[:, k_terms + e, k_terms + e2] += pull[:, 1 + n_own * (1 + i) + j] * p[:, k]
     hessian[:, :n_law, :n_law] = full
     total = weights.sum(axis=1)
-    size_dm = np.sqrt(np.einsum("rn,rn,rn->r", weights, loss.dm, loss.dm))
+    size_dm = np.sqrt(np.vecdot(wdm, loss.dm))
     unit = np.maximum(size_dm, layout.objective.gradient_unit(tau) * np.sqrt(total))
     if layout.objective.has_scale:
         assert loss.dt is not None
         assert loss.dmt is not None
         assert loss.dtt is not None
         wdmt = weights * loss.dmt
-        gradient[:, -1] = np.einsum("rn,rn->r", weights, loss.dt)
-        hessian[:, -1, -1] = np.einsum("rn,rn->r", weights, loss.dtt)
+        gradient[:, -1] = np.vecdot(weights, loss.dt)
+        hessian[:, -1, -1] = np.vecdot(weights, loss.dtt)
         hessian[:, -1, :n_law] = np.matmul(jac, wdmt[:, :, None])[:, :, 0]
         if n_model > n_law:
             hessian[:, -1, n_law:n_model] = wdmt @ contrasts.T
@@ -287,35 +297,15 @@ def scaled_gradient(d: Derivatives, free: np.ndarray) -> np.ndarray:
     return np.max(np.where(free, ratio, 0.0), axis=1)
 
 
-def _cholesky_solve(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solve a x = b for a batch (R, P, P), (R, P), vectorised over R; second result: was a positive
-    definite?"""
-    if len(a) <= 64:
-        # LAPACK has the smaller overhead on few rows, but gives up on all if one is indefinite.
-        try:
-            np.linalg.cholesky(a)
-            return np.linalg.solve(a, b[:, :, None])[:, :, 0], np.ones(len(a), bool)
-        except np.linalg.LinAlgError:
-            pass
-    size = a.shape[1]
-    low = np.zeros_like(a)
-    ok = np.ones(len(a), bool)
-    y = np.empty_like(b)
-    for j in range(size):
-        pivot = a[:, j, j] - np.einsum("rk,rk->r", low[:, j, :j], low[:, j, :j])
-        # Entries are scaled to a unit diagonal, so this is a relative bar.
-        good = pivot > 1e-13
-        ok &= good
-        root = np.sqrt(np.where(good, pivot, 1.0))
-        low[:, j, j] = root
-        if j + 1 < size:
-            rest = a[:, j + 1 :, j] - np.matmul(low[:, j + 1 :, :j], low[:, j, :j, None])[:, :, 0]
-            low[:, j + 1 :, j] = rest / root[:, None]
-        y[:, j] = (b[:, j] - np.einsum("rk,rk->r", low[:, j, :j], y[:, :j])) / root
-    x = np.empty_like(b)
-    for j in reversed(range(size)):
-        x[:, j] = (y[:, j] - np.einsum("rk,rk->r", low[:, j + 1 :, j], x[:, j + 1 :])) / low[:, j, j]
-    return x, ok
+def _damped_solve(a: np.ndarray, b: np.ndarray, damping: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a + damping) x = b for a batch (R, P, P), (R, P), with the damping (R,) raised past the most negative
+    eigenvalue where a is indefinite; returns x and the damping used."""
+    values, vectors = np.linalg.eigh(a)
+    lowest = values[:, 0]
+    # a has a unit majorising diagonal, so these are relative bars.
+    damping = np.where(lowest + damping > 1e-13, damping, np.maximum(2 * damping, 1e-3 - 1.2 * lowest))
+    x = np.matmul(b[:, None, :], vectors)[:, 0] / (values + damping[:, None])
+    return np.matmul(vectors, x[:, :, None])[:, :, 0], damping
 
 
 def _newton_step(
@@ -329,70 +319,50 @@ def _newton_step(
     themselves its valley is an exponential curve that a straight step cannot follow.
     """
     k_terms, smooth = d.mass.shape[1], slice(d.mass.shape[1], d.mass.shape[1] + d.centre.shape[2])
-    amplitude, pull = p[:, :k_terms], d.gradient[:, :k_terms]
-    v = d.centre
-    cv = amplitude[:, :, None] * v
-    gradient = d.gradient.copy()
-    gradient[:, smooth] += np.einsum("rk,rke->re", pull, cv)
-    hessian = d.hessian.copy()
+    diagonal = np.arange(p.shape[1])
+    amplitude, pull, v = p[:, :k_terms], d.gradient[:, :k_terms], d.centre
     # Chain rule for c(step, step_e): dc/de = c v, d2c/(dstep de) = v, d2c/(de de') = c v v'.
-    to_amplitudes = hessian[:, :, :k_terms] @ cv
-    hessian[:, :, smooth] += to_amplitudes
-    hessian[:, smooth, :] += to_amplitudes.transpose(0, 2, 1)
-    hessian[:, smooth, smooth] += cv.transpose(0, 2, 1) @ d.hessian[:, :k_terms, :k_terms] @ cv
-    hessian[:, smooth, smooth] += np.einsum("rk,rke,rkf->ref", pull, cv, v)
+    change = np.zeros_like(d.hessian)
+    change[:, diagonal, diagonal] = 1.0
+    change[:, :k_terms, smooth] = amplitude[:, :, None] * v
+    back = change.transpose(0, 2, 1)
+    gradient = np.matmul(back, d.gradient[:, :, None])[:, :, 0]
+    hessian = np.matmul(back, np.matmul(d.hessian, change))
     mixed = pull[:, :, None] * v
+    turned = mixed.transpose(0, 2, 1)
+    hessian[:, smooth, smooth] += np.matmul(turned, change[:, :k_terms, smooth])
     hessian[:, :k_terms, smooth] += mixed
-    hessian[:, smooth, :k_terms] += mixed.transpose(0, 2, 1)
+    hessian[:, smooth, :k_terms] += turned
     curvature = d.curvature.copy()
     curvature[:, smooth] = np.maximum(
-        curvature[:, smooth] - np.einsum("rk,rke->re", d.mass, v * v), 1e-4 * curvature[:, smooth]
+        curvature[:, smooth] - (d.mass[:, :, None] * v * v).sum(axis=1), 1e-4 * curvature[:, smooth]
     )
-    scale = np.where(free, 1.0 / np.sqrt(np.maximum(curvature, 1e-300)), 1.0)
-    both = free[:, :, None] & free[:, None, :]
-    h = np.where(both, hessian * scale[:, :, None] * scale[:, None, :], 0.0)
-    diagonal = np.arange(p.shape[1])
-    g = np.where(free, -gradient * scale, 0.0)
-    step = np.zeros_like(p)
-    moving = free.copy()
-    fixed = np.zeros_like(p)
-    rows = np.arange(len(p))
-    damping = damping.copy()
+    scale = np.where(free, 1.0 / np.sqrt(np.maximum(curvature, 1e-300)), 0.0)
+    h = hessian * scale[:, :, None] * scale[:, None, :]
+    g = -gradient * scale
+    scale[~free] = 1.0
+    step, fixed, moving = np.zeros_like(p), np.zeros_like(p), free.copy()
+    rows, damping = np.arange(len(p)), damping.copy()
     for attempt in range(3):
         mask = moving[rows]
-        if attempt == 0:
-            right, base = g, h.copy()
-        else:
-            right = g[rows] - np.matmul(h[rows], (fixed[rows] / scale[rows])[:, :, None])[:, :, 0]
-            right = np.where(mask, right, 0.0)
-            base = np.where(mask[:, :, None] & mask[:, None, :], h[rows], 0.0)
-        base[:, diagonal, diagonal] += ~mask
-        solution = np.zeros_like(right)
-        todo = np.arange(len(rows))
-        for _ in range(40):
-            a = base[todo].copy()
-            a[:, diagonal, diagonal] += damping[rows[todo], None]
-            x, ok = _cholesky_solve(a, right[todo])
-            solution[todo[ok]] = x[ok]
-            todo = todo[~ok]
-            if not len(todo):
-                break
-            # Indefinite: past the most negative curvature, in units of the majorising one.
-            lowest = np.linalg.eigvalsh(base[todo])[:, 0]
-            damping[rows[todo]] = np.maximum(2 * damping[rows[todo]], 1e-3 - 1.2 * lowest)
+        right, block = g[rows], h[rows]
+        if attempt:
+            right = np.where(mask, right - np.matmul(block, (fixed / scale)[rows, :, None])[:, :, 0], 0.0)
+            block = np.where(mask[:, :, None] & mask[:, None, :], block, 0.0)
+        block[:, diagonal, diagonal] += ~mask
+        solution, damping[rows] = _damped_solve(block, right, damping[rows])
         step[rows] = np.where(mask, solution * scale[rows], fixed[rows])
         target = p[rows] + step[rows]
-        crossing = moving[rows] & ((target < lower[rows]) | (target > upper[rows]))
+        crossing = mask & ((target < lower[rows]) | (target > upper[rows]))
         hit = crossing.any(axis=1)
         if not hit.any():
             break
-        local = crossing[hit]
-        rows = rows[hit]
+        local, rows = crossing[hit], rows[hit]
         bound = np.where(p[rows] + step[rows] < lower[rows], lower[rows], upper[rows])
         fixed[rows] = np.where(local, bound - p[rows], fixed[rows])
         moving[rows] &= ~local
     trial = np.clip(p + step, lower, upper)
-    shift = np.einsum("rke,re->rk", v, trial[:, smooth] - p[:, smooth])
+    shift = np.matmul(v, (trial[:, smooth] - p[:, smooth])[:, :, None])[:, :, 0]
     trial[:, :k_terms] *= np.exp(np.clip(shift, -50.0, 50.0))
     return np.clip(trial, lower, upper), damping
 
@@ -430,29 +400,33 @@ def _newton_block(
     iterations = np.zeros(r_batch, int)
     free = _free(p, state, lower, upper)
     small = scaled_gradient(state, free)
-    active = np.flatnonzero(~(small < tolerance))
+    known = np.isfinite(state.value) & np.isfinite(state.hessian).all(axis=(1, 2))
+    active = np.flatnonzero(known & ~(small < tolerance))
     for _ in range(max_iterations):
         if not len(active):
             break
-        now = state.take(active)
-        trial, used = _newton_step(p[active], now, free[active], lam[active], lower[active], upper[active])
-        new = derivatives(layout, trial, z if shared else z[active], weights[active], width)
-        new_free = _free(trial, new, lower[active], upper[active])
+        # Views instead of copies while every row is at work: of few rows, copying is most of the cost.
+        rows = slice(None) if len(active) == r_batch else active
+        now = state if len(active) == r_batch else state.take(active)
+        trial, used = _newton_step(p[rows], now, free[rows], lam[rows], lower[rows], upper[rows])
+        new = derivatives(layout, trial, z if shared else z[rows], weights[rows], width)
+        new_free = _free(trial, new, lower[rows], upper[rows])
         new_small = scaled_gradient(new, new_free)
         # Near the optimum the objective only shows rounding: there a smaller gradient decides.
         noise = 1e-12 * (1 + np.abs(now.value))
         better = (new.value < now.value - noise) | (
-            (new.value <= now.value + noise) & (new_small < small[active])
+            (new.value <= now.value + noise) & (new_small < small[rows])
         )
         better &= np.isfinite(new.value) & np.isfinite(new.hessian).all(axis=(1, 2)) & np.isfinite(new_small)
-        iterations[active] += 1
-        rows = active[better]
-        p[rows] = trial[better]
-        state.put(rows, new, better)
-        free[rows], small[rows] = new_free[better], new_small[better]
-        lam[rows] = np.where(used[better] < 1e-8, 0.0, used[better] * 0.1)
-        worse = active[~better]
-        lam[worse] = np.maximum(used[~better] * 6, 1e-4)
+        iterations[rows] += 1
+        lam[rows] = np.where(better, np.where(used < 1e-8, 0.0, used * 0.1), np.maximum(used * 6, 1e-4))
+        if better.all() and len(active) == r_batch:
+            p, state, free, small = trial, new, new_free, new_small
+        else:
+            good = active[better]
+            p[good] = trial[better]
+            state.put(good, new, better)
+            free[good], small[good] = new_free[better], new_small[better]
         active = active[(small[active] >= tolerance) & (lam[active] < 1e12)]
     return Batch(p, state.value, small, small < tolerance, iterations)
 
@@ -552,65 +526,87 @@ def _exponent_grid(count: int, power: float | None) -> tuple[np.ndarray, np.ndar
 
 
 def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """min c'Gc/2 - r'c over c >= 0 for a batch (..., K, K), (..., K), by trying every support (K <= 6)."""
+    """min c'Gc/2 - r'c over c >= 0 for a batch (B, K, K), (B, K), by trying every support (K <= 6); c (B, K)
+    and the gain r'c (B,)."""
     k_terms = gram.shape[-1]
-    best = np.zeros(right.shape[:-1])
-    solution = np.zeros_like(right)
-    ridge = 1e-11 * np.einsum("...kk->...k", gram)
-    for size in range(1, min(k_terms, 6) + 1):
-        for support in itertools.combinations(range(k_terms), size):
-            s = list(support)
-            a = gram[..., s, :][..., :, s].copy()
-            i = np.arange(size)
-            a[..., i, i] += ridge[..., s] + 1e-300
-            c = right[..., s] / a[..., 0] if size == 1 else np.linalg.solve(a, right[..., s, None])[..., 0]
-            gain = np.einsum("...k,...k->...", c, right[..., s])
-            better = np.all(c >= 0, axis=-1) & (gain > best)
-            best = np.where(better, gain, best)
-            full = np.zeros_like(right)
-            full[..., s] = c
-            solution = np.where(better[..., None], full, solution)
+    supports = [
+        s for size in range(1, min(k_terms, 6) + 1) for s in itertools.combinations(range(k_terms), size)
+    ]
+    inside = np.zeros((len(supports), k_terms))
+    for i, support in enumerate(supports):
+        inside[i, list(support)] = 1.0
+    both = inside[:, :, None] * inside[:, None, :]
+    diagonal = np.arange(k_terms)
+    solution, best = np.empty_like(right), np.empty(len(right))
+    step = max(1, (1 << 20) // (both.size + 1))
+    for i in range(0, len(right), step):
+        part, r = gram[i : i + step], right[i : i + step, None, :] * inside
+        a = part[:, None] * both
+        # A ridge against collinear terms, and ones where a term is left out.
+        a[..., diagonal, diagonal] *= 1 + 1e-11
+        a[..., diagonal, diagonal] += (1 - inside) + 1e-300
+        c = np.linalg.solve(a, r[..., None])[..., 0]
+        gain = np.where((c >= 0).all(axis=-1), np.vecdot(c, r), 0.0)
+        chosen = np.argmax(gain, axis=1)
+        rows = np.arange(len(part))
+        best[i : i + step] = gain[rows, chosen]
+        solution[i : i + step] = np.where(best[i : i + step, None] > 0, c[rows, chosen], 0.0)
     return solution, best
+
+
+def _project(
+    layout: Layout, grid: np.ndarray, value: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Amplitudes (R, C, K) >= 0 and losses (R, C) of the best relative fit to `value` (n,) for each row of
+    exponents and outer power in `grid` (C, P + 1), under weights (R, n)."""
+    k_terms = layout.n_terms
+    probe = np.zeros((len(grid), layout.size))
+    probe[:, k_terms : k_terms + layout.n_exponents] = grid[:, :-1]
+    target = value if layout.power == 1.0 else value ** (1.0 / grid[:, -1:])
+    columns = np.stack([layout._term(probe, k) / target for k in range(k_terms)], axis=1)
+    if len(weights) == 1:
+        weighted = columns * weights[0]
+        gram = np.matmul(weighted, columns.transpose(0, 2, 1))
+        right = weighted.sum(axis=2)
+    else:
+        pairs = (columns[:, :, None, :] * columns[:, None, :, :]).reshape(-1, value.size)
+        gram = (weights @ pairs.T).reshape(-1, k_terms, k_terms)
+        right = (weights @ columns.reshape(-1, value.size).T).reshape(-1, k_terms)
+    c, gain = _non_negative(gram, right)
+    c, gain = c.reshape(len(weights), len(grid), k_terms), gain.reshape(len(weights), len(grid))
+    # Residuals are relative in L**(1/q): multiplied by q they are log residuals to first order.
+    return c, np.maximum(weights.sum(axis=1)[:, None] - gain, 0.0) * grid[:, -1] ** 2
 
 
 def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> np.ndarray:
     """(R, keep, size) variable-projection starts for weights (R, n): a grid of exponents,
-    relative residuals, non-negative amplitudes in closed form; distinct grid cells; zeros
-    lifted to 1e-3 so that each term can move."""
-    design = layout.design
+    relative residuals, non-negative amplitudes in closed form; distinct grid cells, those of a single fit
+    refined to half a cell; zeros lifted to 1e-3 so that each term can move."""
+    design, k_terms, n_exponents = layout.design, layout.n_terms, layout.n_exponents
     weights = np.atleast_2d(design.weight if weights is None else weights)
-    grid, cells = _exponent_grid(layout.n_exponents, layout.power)
+    grid, cells = _exponent_grid(n_exponents, layout.power)
     value = np.maximum(np.abs(design.value), 1e-12)
     intercept = _rough_intercepts(layout, np.log(value), design.weight)
     free_value = value * np.exp(-intercept @ layout.contrasts) if len(intercept) else value
-    probe = np.zeros((len(grid), layout.size))
-    probe[:, layout.n_terms : layout.n_terms + layout.n_exponents] = grid[:, :-1]
-    target = free_value[None, :] ** (1.0 / grid[:, -1:])
-    columns = np.stack([layout._term(probe, k) / target for k in range(layout.n_terms)], axis=1)
-    k_terms = layout.n_terms
-    pairs = (columns[:, :, None, :] * columns[:, None, :, :]).reshape(-1, design.n_points)
-    gram = (weights @ pairs.T).reshape(len(weights), len(grid), k_terms, k_terms)
-    right = (weights @ columns.reshape(-1, design.n_points).T).reshape(len(weights), len(grid), k_terms)
-    c, gain = _non_negative(gram, right)
-    total = weights.sum(axis=1)[:, None]
-    # Residuals are relative in L**(1/q): multiplied by q they are log residuals to first order.
-    loss = np.maximum(total - gain, 0.0) * grid[:, -1] ** 2
+    c, loss = _project(layout, grid, free_value, weights)
 
-    out = np.zeros((len(weights), keep, layout.size))
+    picked = np.empty((len(weights), keep), int)
     for r in range(len(weights)):
         penalised = loss[r].copy()
         for i in range(keep):
-            best = int(np.argmin(penalised))
-            p = out[r, i]
-            p[:k_terms] = np.maximum(c[r, best], 1e-3)
-            p[k_terms : k_terms + layout.n_exponents] = grid[best, :-1]
-            if layout.power is None:
-                p[layout.n_law - 1] = grid[best, -1]
-            p[layout.n_law : layout.n_model] = intercept
-            near = np.max(np.abs(cells - cells[best]), axis=1) <= 1
-            penalised[near] = np.inf
+            picked[r, i] = best = int(np.argmin(penalised))
+            penalised[np.max(np.abs(cells - cells[best]), axis=1) <= 1] = np.inf
             if not np.isfinite(penalised).any():
                 penalised = loss[r].copy()
+    place, amplitudes = grid[picked], np.take_along_axis(c, picked[:, :, None], axis=1)
+    if len(weights) == 1 and 0 < n_exponents <= 4:
+        place[0], amplitudes[0] = _refined(layout, place[0], free_value, weights)
+    out = np.zeros((len(weights), keep, layout.size))
+    out[..., :k_terms] = np.maximum(amplitudes, 1e-3)
+    out[..., k_terms : k_terms + n_exponents] = place[..., :-1]
+    if layout.power is None:
+        out[..., layout.n_law - 1] = place[..., -1]
+    out[..., layout.n_law : layout.n_model] = intercept
     if layout.objective.has_scale:
         flat = out.reshape(-1, layout.size)
         residual = np.abs(np.log(value) - layout.model(flat)).reshape(len(weights), keep, -1)
@@ -620,6 +616,26 @@ def starts(layout: Layout, weights: np.ndarray | None = None, keep: int = 3) -> 
             middle = np.nanmedian(np.where(weights[:, None, :] > 0, residual, np.nan), axis=2)
         out[..., -1] = np.log(np.maximum(1.2 * middle, 1e-3))
     return out
+
+
+#: Factors of the exponents around a grid cell: about one cell and half a cell wide.
+_REFINEMENTS = (1.6, 1.27)
+
+
+def _refined(
+    layout: Layout, places: np.ndarray, value: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best neighbours of grid cells (S, P + 1) and their amplitudes (S, K), in two finer grids around
+    each of them."""
+    rows = np.arange(len(places))
+    for factor in _REFINEMENTS:
+        steps = np.array(list(itertools.product((1 / factor, 1.0, factor), repeat=layout.n_exponents)))
+        around = np.repeat(places[:, None], len(steps), axis=1)
+        around[..., :-1] *= steps
+        c, loss = _project(layout, around.reshape(-1, places.shape[1]), value, weights)
+        best = np.argmin(loss.reshape(len(places), -1), axis=1)
+        places, amplitudes = around[rows, best], c.reshape(len(places), len(steps), -1)[rows, best]
+    return places, amplitudes
 
 
 def _rough_intercepts(layout: Layout, log_value: np.ndarray, weight: np.ndarray) -> np.ndarray:
