@@ -63,3 +63,17 @@ def grid_table(
     noise = rng.standard_normal(n.size) if nu is None else rng.standard_t(nu, n.size)
     value = ADDITIVE(truth, {"N": n, "D": d}) * np.exp(sigma * noise)
     return Table(ADDITIVE, {"N": n, "D": d}, value, truth)
+
+
+def published_table(seed: int, sigma: float = 0.01, outliers: int = 5) -> Table:
+    """Like the tables of published language-model fits: E + A N^-alpha + B D^-beta over N of 6e7 to 1.6e10
+    parameters and D of 3e9 to 3e11 tokens, 240 runs, log-normal noise and a few outliers of 10 %."""
+    rng = np.random.default_rng(seed)
+    variables = {
+        "N": np.exp(rng.uniform(np.log(6e7), np.log(1.6e10), 240)),
+        "D": np.exp(rng.uniform(np.log(3e9), np.log(3e11), 240)),
+    }
+    truth = {"A0": 1.8, "A1": 482.0, "A2": 2085.0, "a1": 0.35, "a2": 0.37}
+    value = ADDITIVE(truth, variables) * np.exp(sigma * rng.standard_normal(240))
+    value[rng.choice(240, outliers, replace=False)] *= np.exp(rng.normal(0, 0.1, outliers))
+    return Table(ADDITIVE, variables, value, truth)

@@ -498,7 +498,7 @@ def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray) -
     residual = np.abs(z - layout.model(p))
     scale = 0.5 * float(np.median(residual[weights > 0])) if np.any(weights > 0) else 1.0
     widths: list[float] = []
-    while scale > 2 * layout.objective.width and len(widths) < 24:
+    while scale > 4 * layout.objective.width and len(widths) < 24:
         widths.append(scale)
         scale /= 5.0
     return widths
