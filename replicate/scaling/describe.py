@@ -116,6 +116,8 @@ def objective_rows(design: Design, objective: Objective) -> list[dict[str, Any]]
     if objective.kind == "asinh":
         return []
     others = [parse_objective(name) for name in OBJECTIVES]
+    if np.any(design.value <= 0):
+        others = [other for other in others if other.kind == "l2-raw"]  # the only one without logs
     return [
         sensitivity_row(f"objective {other.name}", partial(solve, design, other))
         for other in others

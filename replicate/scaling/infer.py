@@ -20,6 +20,7 @@ from replicate.scaling.solve import (
     Batch,
     Layout,
     Solution,
+    escapes,
     jacobian,
     make_layout,
     minimise,
@@ -98,7 +99,8 @@ def bootstrap(solution: Solution, replicates: int, seed: int, *, cluster: np.nda
     batch = minimise(layout, np.repeat(solution.p[None], replicates, axis=0), weights=weights, damping=1e-4)
     first = float(batch.converged.mean())
     sample = rng.random(replicates) < RECHECK
-    redo = np.flatnonzero(~batch.converged | sample | _could_leave_bound(layout, batch.p, weights))
+    idle, _ = escapes(layout, batch.p, weights)
+    redo = np.flatnonzero(~batch.converged | sample | idle)
     p, converged = batch.p.copy(), batch.converged.copy()
     improved = 0
     if redo.size:
@@ -137,30 +139,6 @@ def best_of_starts(
     value = np.where(batch.converged, batch.value, np.inf).reshape(r_batch, count)
     rows = np.arange(r_batch) * count + np.argmin(value, axis=1)
     return Batch(*(getattr(batch, f)[rows] for f in Batch.__dataclass_fields__))
-
-
-def _could_leave_bound(
-    layout: Layout, p: np.ndarray, weights: np.ndarray, z: np.ndarray | None = None
-) -> np.ndarray:
-    """(R,) True where a term with amplitude 0 would lower the objective at another value of its exponents."""
-    k_terms = layout.n_terms
-    z = observed(layout.objective, layout.design) if z is None else z
-    out = np.zeros(len(p), bool)
-    for k in range(k_terms):
-        members = layout.term_exponents[k]
-        rows = np.flatnonzero(p[:, k] == 0)
-        if not members or not rows.size:
-            continue
-        m, _, _, log_f = jacobian(layout, p[rows])
-        tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
-        loss = evaluate(layout.objective, layout.design, z if z.ndim == 1 else z[rows], m, tau)
-        pull = weights[rows] * loss.dm * np.exp(-log_f)
-        pull_size = np.abs(pull)
-        axes = np.meshgrid(*[np.array([0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0])] * len(members))
-        grid = np.stack([a.ravel() for a in axes], axis=1)
-        columns = np.exp(-grid @ layout.shapes[k])
-        out[rows] |= np.any(pull @ columns.T < -1e-7 * (pull_size @ columns.T), axis=1)
-    return out
 
 
 # ---- covariance ----------------------------------------------------------------------------------

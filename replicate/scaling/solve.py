@@ -721,22 +721,86 @@ def raw_parameters(layout: Layout, p: np.ndarray) -> dict[str, np.ndarray]:
     return out
 
 
+#: Exponents tried for a term that a fit has given up.
+_ESCAPE_GRID = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def escapes(layout: Layout, p: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Would a term that does nothing at p (R, size), weights (R, n), be of use with other exponents?
+
+    Such a term has amplitude 0, or exponents 0 beside another constant term. It is stationary whatever its
+    exponents could do, so the gradient alone does not show it. Returns the rows where one would (R,), and
+    starts (R, size) that let the most promising one in.
+    """
+    k_terms = layout.n_terms
+    z = observed(layout.objective, layout.design)
+    found, begin, steepest = np.zeros(len(p), bool), p.copy(), np.full(len(p), -1e-7)
+    theta = p[:, k_terms : k_terms + layout.n_exponents]
+    constant = np.stack(
+        [
+            np.all(theta[:, list(members)] == 0, axis=1) & (layout.offsets[k] is None) & (p[:, k] > 0)
+            for k, members in enumerate(layout.term_exponents)
+        ],
+        axis=1,
+    )
+    for k, members in enumerate(layout.term_exponents):
+        spare = constant[:, k] & (constant.sum(axis=1) > 1)
+        rows = np.flatnonzero((p[:, k] == 0) | spare)
+        if not members or not rows.size:
+            continue
+        m, _, _, log_f = jacobian(layout, p[rows])
+        tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
+        loss = evaluate(layout.objective, layout.design, z, m, tau)
+        pull = weights[rows] * loss.dm * np.exp(-log_f)
+        axes = np.meshgrid(*[np.array(_ESCAPE_GRID)] * len(members))
+        grid = np.stack([a.ravel() for a in axes], axis=1)
+        columns = np.exp(-grid @ layout.shapes[k]).T
+        slope = (pull @ columns) / np.maximum(np.abs(pull) @ columns, 1e-300)
+        best = np.argmin(slope, axis=1)
+        better = slope[np.arange(rows.size), best] < steepest[rows]
+        rows, best = rows[better], best[better]
+        found[rows], steepest[rows] = True, slope[better].min(axis=1)
+        begin[rows] = p[rows]
+        for i, row in enumerate(rows):
+            heir = next((j for j in range(k_terms) if constant[row, j] and j != k), k)
+            begin[row, heir] += p[row, k] if heir != k else 0.0
+            begin[row, k] = 1e-2
+            begin[row, [k_terms + e for e in members]] = grid[best[i]]
+    return found, begin
+
+
 def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | None = None) -> Solution:
-    """The best of the local minima from the variable-projection starts. Raises UserError
-    without a certificate."""
+    """The best of the local minima from the variable-projection starts, and from those that let a term in
+    that the best one has given up. Raises UserError without a certificate."""
     layout = make_layout(design, objective)
     begin = starts(layout)[0]
     if extra_starts is not None:
         begin = np.concatenate([begin, np.atleast_2d(extra_starts)])
-    batch = minimise(layout, begin, max_iterations=SINGLE_ITERATIONS, damping=1e-2, tolerance=POLISH)
-    value = np.where(batch.gradient < TOLERANCE, batch.value, np.inf)
-    if not np.isfinite(value).any():
+    local = functools.partial(
+        minimise, layout, max_iterations=SINGLE_ITERATIONS, damping=1e-2, tolerance=POLISH
+    )
+    batch = local(begin)
+    value, best = _stationary_values(batch)
+    for _ in range(layout.n_terms):
+        found, begin = escapes(layout, batch.p[best : best + 1], design.weight[None])
+        if not found[0]:
+            break
+        before, batch = value[best], _join([batch, local(begin)])
+        value, best = _stationary_values(batch)
+        if not value[best] < before:
+            break
+    if not np.isfinite(value[best]):
         raise UserError(
             f"law {design.law.formula}: no start reached a stationary point "
             f"(smallest scaled gradient {batch.gradient.min():.1e}, wanted < {TOLERANCE:g})"
         )
-    best = int(np.argmin(value))
     return certify(layout, batch.p[best], value, int(batch.iterations[best]))
+
+
+def _stationary_values(batch: Batch) -> tuple[np.ndarray, int]:
+    """Objectives of the stationary points, infinite elsewhere, and the index of the lowest."""
+    value = np.where(batch.gradient < TOLERANCE, batch.value, np.inf)
+    return value, int(np.argmin(value))
 
 
 def certify(layout: Layout, p: np.ndarray, start_values: np.ndarray, iterations: int) -> Solution:
