@@ -129,7 +129,13 @@ def test_any_law_and_column_names(tmp_path: Path) -> None:
         ({"params": [-5.0] * 240}, "column 'params' (N): 240 values are not positive"),
         ({"params": [7.0] * 240}, "N: constant (7)"),
         ({"loss": [0.0] * 240}, "column 'loss' (L): 240 values are not positive"),
+        ({"loss": [7.0] * 240}, "L: constant (7)"),
+        ({"params": ["1_000"] * 240}, "'1_000' is not a finite number"),
+        ({"params": ["1,5"] * 240}, "line 2 has another number of cells"),
+        ({"loss": ["x"] * 240, "params": ["y"] * 240}, "'y' is not a finite number (and 239 more); line 2"),
         ({"params": None}, "no column 'params'; columns are tokens, loss"),
+        ({"params": None, "loss": None}, "no column 'params', 'loss'; columns are tokens"),
+        ({"tokens": grid_table(0).variables["N"] * 3}, "cannot be told apart (condition number"),
     ],
 )
 def test_bad_tables_get_one_line_and_exit_2(
@@ -152,9 +158,66 @@ def test_bad_tables_get_one_line_and_exit_2(
 
 
 @pytest.mark.parametrize(
+    "dress",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace(",", "\t"),
+        lambda text: text.replace(",", " , "),
+        lambda text: "\n# made by hand\n\n" + text.replace("\n", "\n# a note, on the row above\n\n", 5),
+        lambda text: text.replace("\n", ",\n").replace(",\n", ",about\n", 1),
+        lambda text: text.replace("params", '"N, paramètres"'),
+    ],
+)
+def test_tables_in_other_dress_are_the_same_table(tmp_path: Path, dress: Any) -> None:
+    plain = _good(tmp_path)
+    out = [tmp_path / "a.json", tmp_path / "b.json"]
+    dressed = tmp_path / "dressed.csv"
+    dressed.write_bytes(dress(plain.read_text()).encode())
+    column = "N, paramètres" if "paramètres" in dressed.read_text(encoding="utf-8") else "params"
+    for path, name, to in ((plain, "params", out[0]), (dressed, column, out[1])):
+        command = ["fit", "--csv", str(path), "--x", f"N={name}", "--x", "D=tokens", "--y", "L=loss"]
+        assert main([*command, "--law", LAW, "--bootstrap", "0", "--json", str(to)]) == 0
+    results = [json.loads(path.read_text()) for path in out]
+    for result in results:
+        del result["csv_sha256"], result["columns"]
+    assert results[0] == results[1]
+
+
+def test_labels_that_begin_with_a_hash_are_no_comments(tmp_path: Path) -> None:
+    table = grid_table(0)
+    labels = [f"#{i // 4}" for i in range(240)]
+    columns = {"run": labels, "params": table.variables["N"], "tokens": table.variables["D"]}
+    out = tmp_path / "out.json"
+    path = _csv(tmp_path / "t.csv", **columns, loss=table.value)
+    assert _fit(path, out, "--cluster", "run", "--bootstrap", "0") == 0
+    assert json.loads(out.read_text())["n_runs"] == 60
+
+
+def test_signed_values_have_no_rows_of_log_objectives(tmp_path: Path) -> None:
+    table = grid_table(0, sigma=0.05)
+    value = table.value - 0.4 * float(np.median(table.value))
+    columns = {"params": table.variables["N"], "tokens": table.variables["D"], "loss": value}
+    out = tmp_path / "out.json"
+    more = ["--objective", "l2-raw", "--bootstrap", "0"]
+    assert np.any(value < 0)
+    assert _fit(_csv(tmp_path / "t.csv", **columns), out, *more) == 0
+    assert json.loads(out.read_text())["sensitivity"] == []
+
+
+def test_parameters_may_be_greek(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = ["fit", "--csv", str(_good(tmp_path)), "--x", "N=params", "--y", "L=loss", "--bootstrap", "0"]
+    assert main([*command, "--law", "E + A/N^α", "--json", str(out)]) == 0
+    assert set(json.loads(out.read_text())["parameters"]) == {"E", "A", "α"}
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "empty file"),
+        ("# nothing but a note\n", "empty file"),
         ("params,tokens,loss\n", "no rows below the header"),
         ("params,tokens,loss\n1,2\n", "line 2 has another number of cells"),
         ("params,tokens,loss,loss\n1,2,3,4\n", "more than one column 'loss'"),

@@ -15,6 +15,7 @@ from replicate.scaling.solve import (
     TOLERANCE,
     Solution,
     derivatives,
+    escapes,
     make_layout,
     minimise,
     observed,
@@ -163,6 +164,28 @@ def test_the_mean_reduced_default_tolerance_trap() -> None:
     best = succeeded[int(np.argmin(sums))].x
     raw = ours.raw()
     assert abs(best[3] / raw["a1"] - 1) > 1e-5 or abs(best[4] / raw["a2"] - 1) > 1e-5
+
+
+@pytest.mark.parametrize("objective", ["huber:1e-3", "t:4", "l2-log"])
+def test_a_term_that_was_given_up_is_let_in_where_it_helps(objective: str) -> None:
+    """Pure noise: variable projection may end where both exponents are 0, stationary and no minimum."""
+    for seed in range(6):
+        table = random_table(LAWS[3], seed)
+        value = np.exp(0.5 * np.random.default_rng(seed).standard_normal(240))
+        solution = solve(make_design(ADDITIVE, table.variables, value), parse_objective(objective))
+        found, _ = escapes(solution.layout, solution.p[None], solution.layout.design.weight[None])
+        assert solution.certificate.stationary
+        assert not found[0]
+
+
+def test_a_constant_floor_is_not_mistaken_for_a_minimum() -> None:
+    table = grid_table(0, c=(0.0, 0.5, 0.5), sigma=0.1)
+    layout = make_layout(table.design(), Objective("l2-log"))
+    weight = layout.design.weight[None]
+    flat = minimise(layout, np.array([[0.4, 0.3, 0.3, 0.0, 0.0]]), upper=np.array([9.0, 9, 9, 0, 0]))
+    found, begin = escapes(layout, flat.p, weight)
+    assert found[0]
+    assert minimise(layout, begin).value[0] < flat.value[0] - 1.0
 
 
 def test_floor_of_zero_is_found_exactly_in_about_half_of_the_sets() -> None:

@@ -123,7 +123,7 @@ def _columns(pairs: list[str], option: str) -> dict[str, str]:
 def _fit_csv(args: argparse.Namespace) -> int:
     from replicate.scaling.columns import file_sha256, read_csv
     from replicate.scaling.describe import clean, describe, objective_rows
-    from replicate.scaling.infer import condition_number
+    from replicate.scaling.infer import check_separable, condition_number, condition_warning
     from replicate.scaling.law import make_design, parse_law
     from replicate.scaling.objective import parse_objective
     from replicate.scaling.report import summary_of_fit
@@ -163,6 +163,7 @@ def _fit_csv(args: argparse.Namespace) -> int:
             noise=table[args.noise] if args.noise else None,
             signed=objective.kind in ("asinh", "l2-raw"),
         )
+        condition = check_separable(design)
     except UserError as error:
         raise UserError(f"{args.csv}: {error}") from None
     solution = solve(design, objective)
@@ -174,6 +175,8 @@ def _fit_csv(args: argparse.Namespace) -> int:
         "csv_sha256": file_sha256(args.csv),
         "columns": {**x, **y},
         "condition_number": condition_number(solution),
+        "design_condition_number": condition,
+        "warnings": entry["warnings"] + condition_warning(condition),
         "sensitivity": objective_rows(design, objective),
         "settings": {"bootstrap": args.bootstrap, "seed": args.seed},
     }

@@ -31,6 +31,8 @@ from replicate.scaling.solve import (
 from replicate.spec import UserError
 
 LEVEL = 0.95
+#: Condition number of the design above which separate exponents are refused, or reported with a warning.
+REFUSE_CONDITION, WARN_CONDITION = 1000.0, 100.0
 #: Share of converged replicates that is redone from scratch, to see whether warm starts find the optimum.
 RECHECK = 0.02
 
@@ -138,7 +140,21 @@ def best_of_starts(
     )
     value = np.where(batch.converged, batch.value, np.inf).reshape(r_batch, count)
     rows = np.arange(r_batch) * count + np.argmin(value, axis=1)
-    return Batch(*(getattr(batch, f)[rows] for f in Batch.__dataclass_fields__))
+    best = Batch(*(getattr(batch, f)[rows] for f in Batch.__dataclass_fields__))
+    # As in `solve`: a term that was given up is let in again where it would help.
+    shared = layout.design.weight if weights is None else weights
+    weights = np.broadcast_to(shared, (r_batch, layout.design.n_points))
+    found, again = escapes(layout, best.p, weights, z)
+    idle = np.flatnonzero(found)
+    if idle.size:
+        more = minimise(
+            layout, again[idle], weights=weights[idle], z=z if z is None or z.ndim == 1 else z[idle],
+            max_iterations=SINGLE_ITERATIONS, damping=1e-2,
+        )  # fmt: skip
+        lower = more.converged & (more.value < np.where(best.converged, best.value, np.inf)[idle])
+        for f in Batch.__dataclass_fields__:
+            getattr(best, f)[idle[lower]] = getattr(more, f)[lower]
+    return best
 
 
 # ---- covariance ----------------------------------------------------------------------------------
@@ -405,7 +421,7 @@ def _score_ratio(null: Solution) -> float:
     tau = null.p[None, -1] if layout.objective.has_scale else np.zeros(1)
     loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
     free, w = np.flatnonzero(null.free), design.weight
-    noise = float((w * loss.dmm[0]).sum() / (w * loss.dm[0] ** 2).sum())
+    noise = float((w * loss.dmm[0]).sum() / max((w * loss.dm[0] ** 2).sum(), 1e-300))
     noise *= max(design.n_points - free.size, 1) / design.n_points
     # The score along the floor, less what the fitted parameters take up (their scores span what they can
     # fit).
@@ -589,6 +605,25 @@ def design_condition(design: Design) -> float:
     columns = np.concatenate([jac[0], layout.contrasts])
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
     return float(singular[0] / max(singular[-1], 1e-300))
+
+
+def check_separable(design: Design) -> float:
+    """Condition number of the design; refuses above 1000 (FIT section 1)."""
+    condition = design_condition(design)
+    if condition > REFUSE_CONDITION:
+        raise UserError(
+            f"law {design.law.formula}: the variables cannot be told apart "
+            f"(condition number {condition:.0f}, at most {REFUSE_CONDITION:.0f}); "
+            f"vary {' and '.join(design.law.variables)} in crossed ratios"
+        )
+    return condition
+
+
+def condition_warning(condition: float) -> list[str]:
+    """What to say of a design that is only just good enough."""
+    if condition <= WARN_CONDITION:
+        return []
+    return [f"condition number {condition:.0f}: separate exponents are poorly determined"]
 
 
 def _reference_exponents(law: Law) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from replicate.spec import UserError
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<op>\*\*|[-+*/^()]))"
+    r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)|(?P<name>[^\W\d]\w*)|(?P<op>\*\*|[-+*/^()]))"
 )
 
 
@@ -322,6 +322,8 @@ def make_design(
         logs.append(np.log(np.where(column > 0, column, 1.0)))
     if not np.all(np.isfinite(value)) or (not signed and np.any(value <= 0)):
         problems.append(f"L: {int((~(value > 0)).sum())} of {n} values are not positive numbers")
+    elif n > 1 and np.all(value == value[0]):
+        problems.append(f"L: constant ({value[0]:g}), there is nothing to fit")
     if problems:
         raise UserError("; ".join(problems))
     names: list[str] = []

@@ -184,9 +184,7 @@ def _solve(rows: Rows, mask: np.ndarray, metric: str, law: Law, objective: Objec
         censored=rows.censored[metric][mask],
         noise=rows.noise[metric][mask],
     )
-    condition = infer.design_condition(design)
-    if condition > 1000:
-        raise UserError(f"condition number {condition:.0f}: the variables cannot be told apart")
+    infer.check_separable(design)
     return solve(design, objective)
 
 

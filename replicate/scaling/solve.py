@@ -722,19 +722,21 @@ def raw_parameters(layout: Layout, p: np.ndarray) -> dict[str, np.ndarray]:
 
 
 #: Exponents tried for a term that a fit has given up.
-_ESCAPE_GRID = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+_ESCAPE_GRID = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def escapes(layout: Layout, p: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def escapes(
+    layout: Layout, p: np.ndarray, weights: np.ndarray, z: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Would a term that does nothing at p (R, size), weights (R, n), be of use with other exponents?
 
-    Such a term has amplitude 0, or exponents 0 beside another constant term. It is stationary whatever its
+    z (n,) or (R, n). Such a term has amplitude 0, or exponents 0 beside another constant term. It is stationary whatever its
     exponents could do, so the gradient alone does not show it. Returns the rows where one would (R,), and
     starts (R, size) that let the most promising one in.
     """
     k_terms = layout.n_terms
-    z = observed(layout.objective, layout.design)
-    found, begin, steepest = np.zeros(len(p), bool), p.copy(), np.full(len(p), -1e-7)
+    z = observed(layout.objective, layout.design) if z is None else z
+    begin, most = p.copy(), np.zeros(len(p))
     theta = p[:, k_terms : k_terms + layout.n_exponents]
     constant = np.stack(
         [
@@ -750,23 +752,29 @@ def escapes(layout: Layout, p: np.ndarray, weights: np.ndarray) -> tuple[np.ndar
             continue
         m, _, _, log_f = jacobian(layout, p[rows])
         tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
-        loss = evaluate(layout.objective, layout.design, z, m, tau)
-        pull = weights[rows] * loss.dm * np.exp(-log_f)
+        loss = evaluate(layout.objective, layout.design, z if z.ndim == 1 else z[rows], m, tau)
         axes = np.meshgrid(*[np.array(_ESCAPE_GRID)] * len(members))
         grid = np.stack([a.ravel() for a in axes], axis=1)
-        columns = np.exp(-grid @ layout.shapes[k]).T
-        slope = (pull @ columns) / np.maximum(np.abs(pull) @ columns, 1e-300)
-        best = np.argmin(slope, axis=1)
-        better = slope[np.arange(rows.size), best] < steepest[rows]
-        rows, best = rows[better], best[better]
-        found[rows], steepest[rows] = True, slope[better].min(axis=1)
-        begin[rows] = p[rows]
+        shape = -grid @ layout.shapes[k]
+        top = shape.max(axis=1)
+        columns = np.exp(shape - top[:, None]).T
+        # One Newton step in the amplitude: its length, and what the objective falls by.
+        slope = np.minimum((weights[rows] * loss.dm * np.exp(-log_f)) @ columns, 0.0)
+        bend = (weights[rows] * loss.curvature * np.exp(-2 * log_f)) @ columns**2
+        length = -slope / np.maximum(bend, 1e-300)
+        gain = -0.5 * slope * length
+        best = np.argmax(gain, axis=1)
         for i, row in enumerate(rows):
-            heir = next((j for j in range(k_terms) if constant[row, j] and j != k), k)
-            begin[row, heir] += p[row, k] if heir != k else 0.0
-            begin[row, k] = 1e-2
+            if gain[i, best[i]] <= max(most[row], 1e-8 * (1 + abs(loss.value[i] @ weights[row]))):
+                continue
+            most[row] = gain[i, best[i]]
+            begin[row] = p[row]
+            if spare[row]:
+                heir = next(j for j in range(k_terms) if constant[row, j] and j != k)
+                begin[row, heir] += p[row, k]
+            begin[row, k] = length[i, best[i]] * np.exp(-top[best[i]])
             begin[row, [k_terms + e for e in members]] = grid[best[i]]
-    return found, begin
+    return most > 0, begin
 
 
 def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | None = None) -> Solution:

@@ -37,8 +37,6 @@ COLUMNS = {
     "T": "steps",
     "S": "search_fraction",
 }
-#: Condition number of the design above which separate exponents are refused, or reported with a warning.
-REFUSE_CONDITION, WARN_CONDITION = 1000.0, 100.0
 #: With fewer runs than this per parameter a five-parameter law fits anything, and its bootstrap says nothing.
 RUNS_PER_PARAMETER = 3.0
 
@@ -93,18 +91,6 @@ def design_of(rows: Rows, mask: np.ndarray, metric: str, law: Law, *, intercepts
         noise=rows.noise[metric][mask],
         runs_per_parameter=RUNS_PER_PARAMETER,
     )
-
-
-def check_separable(design: Design) -> float:
-    """Condition number of the design; refuses above 1000 (FIT section 1)."""
-    condition = infer.design_condition(design)
-    if condition > REFUSE_CONDITION:
-        raise UserError(
-            f"law {design.law.formula}: the variables cannot be told apart "
-            f"(condition number {condition:.0f}, at most {REFUSE_CONDITION:.0f}); "
-            f"vary {' and '.join(design.law.variables)} in crossed ratios"
-        )
-    return condition
 
 
 def fit_cube(path: Path, options: Options) -> tuple[dict[str, Any], xr.DataTree]:
@@ -219,7 +205,7 @@ def fit_one(
     if not mask.any():
         raise UserError("no usable point")
     design = design_of(rows, mask, metric, law)
-    condition = check_separable(design)
+    condition = infer.check_separable(design)
     solution = solve(design, options.objective)
     label = f"{ansatz}/{metric}/{scope}/{law.name}"
     head = law.name == options.laws[0]
@@ -240,10 +226,7 @@ def fit_one(
         }
         for i, v in enumerate(law.variables)
     }
-    if condition > WARN_CONDITION:
-        entry["warnings"].append(
-            f"condition number {condition:.0f}: separate exponents are poorly determined"
-        )
+    entry["warnings"] += infer.condition_warning(condition)
     if options.checkpoints:
         label = "DECAYED CHECKPOINTS" if options.allow_decayed else "checkpoints of a constant rate"
         entry["warnings"].append(f"{label} are among the points; the cluster of an interval is the run")
