@@ -137,6 +137,7 @@ def best_of_starts(
         z=z if z is None or z.ndim == 1 else np.repeat(z, count, axis=0),
         max_iterations=SINGLE_ITERATIONS,
         damping=1e-2,
+        gradual=True,
     )
     value = np.where(batch.converged, batch.value, np.inf).reshape(r_batch, count)
     rows = np.arange(r_batch) * count + np.argmin(value, axis=1)
@@ -149,7 +150,7 @@ def best_of_starts(
     if idle.size:
         more = minimise(
             layout, again[idle], weights=weights[idle], z=z if z is None or z.ndim == 1 else z[idle],
-            max_iterations=SINGLE_ITERATIONS, damping=1e-2,
+            max_iterations=SINGLE_ITERATIONS, damping=1e-2, gradual=True,
         )  # fmt: skip
         lower = more.converged & (more.value < np.where(best.converged, best.value, np.inf)[idle])
         for f in Batch.__dataclass_fields__:

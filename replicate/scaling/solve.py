@@ -446,9 +446,11 @@ def minimise(
     max_iterations: int = 100,
     tolerance: float = TOLERANCE,
     damping: float = 1e-3,
+    gradual: bool = False,
 ) -> Batch:
     """Local minima from `start` (R, size), one per row. `weights` (R, n) or (n,), `z` (R, n) or (n,),
-    bounds (R, size) or (size,). Rows are independent, so the result does not depend on the batch."""
+    bounds (R, size) or (size,). Rows are independent; of the batch, they share only the huber zones that
+    they go through on the way. `gradual`: narrower steps from zone to zone, for what is hard to reach."""
     start = np.atleast_2d(np.asarray(start, float))
     r_batch, n = len(start), layout.design.n_points
     z = observed(layout.objective, layout.design) if z is None else z
@@ -464,7 +466,7 @@ def minimise(
         steps = np.zeros(len(p), int)
         # A trial step may overflow: its value is then not finite, and the step is refused.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            for width in _widths(layout, p, y, w):
+            for width in _widths(layout, p, y, w, gradual):
                 rough = _newton_block(
                     layout, p, y, w, lower[rows], upper[rows],
                     max_iterations=12, tolerance=1e-4, width=width, damping=1e-2,
@@ -491,16 +493,17 @@ def _join(parts: list[Batch]) -> Batch:
     return Batch(*(np.concatenate([getattr(b, f) for b in parts]) for f in Batch.__dataclass_fields__))
 
 
-def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray) -> list[float]:
+def _widths(layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray, gradual: bool) -> list[float]:
     """Huber zones to go through on the way to the wanted one: a narrow zone alone has many false stops."""
     if layout.objective.kind not in ("huber", "lad"):
         return []
     residual = np.abs(z - layout.model(p))
     scale = 0.5 * float(np.median(residual[weights > 0])) if np.any(weights > 0) else 1.0
+    factor, nearest = (2.0, 1.4) if gradual else (5.0, 4.0)
     widths: list[float] = []
-    while scale > 4 * layout.objective.width and len(widths) < 24:
+    while scale > nearest * layout.objective.width and len(widths) < 40:
         widths.append(scale)
-        scale /= 5.0
+        scale /= factor
     return widths
 
 
@@ -730,9 +733,9 @@ def escapes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Would a term that does nothing at p (R, size), weights (R, n), be of use with other exponents?
 
-    z (n,) or (R, n). Such a term has amplitude 0, or exponents 0 beside another constant term. It is stationary whatever its
-    exponents could do, so the gradient alone does not show it. Returns the rows where one would (R,), and
-    starts (R, size) that let the most promising one in.
+    z (n,) or (R, n). Such a term has amplitude 0, or exponents 0 beside another constant term. It is
+    stationary whatever its exponents could do, so the gradient alone does not show it. Returns the rows
+    where one would (R,), and starts (R, size) that let the most promising one in.
     """
     k_terms = layout.n_terms
     z = observed(layout.objective, layout.design) if z is None else z
@@ -789,6 +792,9 @@ def solve(design: Design, objective: Objective, *, extra_starts: np.ndarray | No
     )
     batch = local(begin)
     value, best = _stationary_values(batch)
+    if not np.isfinite(value[best]):
+        batch = local(begin, gradual=True)
+        value, best = _stationary_values(batch)
     for _ in range(layout.n_terms):
         found, begin = escapes(layout, batch.p[best : best + 1], design.weight[None])
         if not found[0]:
