@@ -412,8 +412,9 @@ def _newton_block(
         new = derivatives(layout, trial, z if shared else z[rows], weights[rows], width)
         new_free = _free(trial, new, lower[rows], upper[rows])
         new_small = scaled_gradient(new, new_free)
-        # Near the optimum the objective only shows rounding: there a smaller gradient decides.
-        noise = 1e-12 * (1 + np.abs(now.value))
+        # Near the optimum the objective only shows rounding: there a smaller gradient decides. A likelihood
+        # may be near 0 by cancellation, a sum of losses only where every loss is.
+        noise = 1e-12 * (np.abs(now.value) + layout.objective.has_scale)
         better = (new.value < now.value - noise) | (
             (new.value <= now.value + noise) & (new_small < small[rows])
         )
