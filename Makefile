@@ -75,6 +75,7 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
+	OMP_NUM_THREADS=1 $(PY) tests/fit_acceptance.py speed
 
 lint: setup
 	$(PY) -m ruff check .

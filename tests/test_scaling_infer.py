@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import coverage_study
 import numpy as np
 import pytest
 from scaling_tables import ADDITIVE, grid_table, random_table
@@ -9,7 +8,6 @@ from scipy import stats
 from replicate.scaling import infer
 from replicate.scaling.law import LAWS, make_design
 from replicate.scaling.objective import Objective, parse_objective
-from replicate.scaling.select import predictive, score
 from replicate.scaling.solve import make_layout, solve
 from replicate.spec import UserError
 
@@ -204,59 +202,3 @@ def test_bootstrap_without_groups_resamples_points() -> None:
     layout = make_layout(table.design(), parse_objective("t"))
     assert layout.design.n_clusters == 240
     assert layout.contrasts.shape == (0, 240)
-
-
-# ---- slow: the acceptance numbers of FIT section 8 ---------------------------------------------------
-
-
-@pytest.mark.slow
-def test_coverage_of_the_whole_pipeline() -> None:
-    rows = coverage_study.study(200, 400)
-    actual = {(r["quantity"], r["kind"]): r["actual"] for r in rows if r["nominal"] == 0.95}
-    for quantity in ("a1", "a2", "exponent"):
-        for kind in ("bootstrap, runs", "sandwich, runs"):
-            assert 0.88 <= float(str(actual[quantity, kind])) <= 0.99, (quantity, kind, actual)
-    # The interval that takes checkpoints for independent points must be seen to fail.
-    assert float(str(actual["a1", "bootstrap, points"])) < 0.70
-
-
-@pytest.mark.slow
-def test_size_of_the_floor_test() -> None:
-    rejected = []
-    for seed in range(400):
-        table = grid_table(seed, c=(0.0, 0.5, 0.5))
-        test = infer.floor_test(solve(table.design(), Objective("t")))
-        assert test is not None
-        rejected.append(test.p_value < 0.05)
-    assert 0.02 <= np.mean(rejected) <= 0.09
-
-
-@pytest.mark.slow
-def test_size_and_power_of_the_size_test() -> None:
-    def rate(c1: float, sets: int, repeats: int) -> float:
-        rejected = []
-        for seed in range(sets):
-            table = grid_table(seed, c=(0.2, c1, 0.8), repeats=repeats)
-            solution = solve(table.design(), Objective("t"))
-            rejected.append(infer.variable_test(solution, "N", 199, seed).p_value < 0.05)
-        return float(np.mean(rejected))
-
-    assert 0.02 <= rate(0.0, 250, 4) <= 0.09
-    assert rate(0.05 * 0.8, 60, 14) >= 0.9
-
-
-@pytest.mark.slow
-def test_prediction_interval_of_the_held_out_largest_size() -> None:
-    inside = []
-    for seed in range(150):
-        table = grid_table(seed)
-        n = table.variables["N"]
-        kept = n < n.max()
-        design = make_design(ADDITIVE, {k: v[kept] for k, v in table.variables.items()}, table.value[kept])
-        solution = solve(design, Objective("t"))
-        draws = infer.bootstrap(solution, 400, seed)
-        rng = np.random.default_rng(seed)
-        out = {k: v[~kept] for k, v in table.variables.items()}
-        cloud = predictive(solution, draws.p, out, None, rng, 2000)
-        inside.append(score(cloud, np.median(cloud, axis=0), np.log(table.value[~kept])).coverage_90)
-    assert 0.84 <= np.mean(inside) <= 0.95
