@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from synthetic_cube import CROSSED, CubeOptions, Truth, synthetic_cube
+from synthetic_cube import CROSSED, CubeOptions, Truth, Variant, synthetic_cube
 
 from replicate.scaling import study, validate
 from replicate.scaling.commands import to_json
@@ -372,3 +372,33 @@ def test_every_named_law_goes_through(law: str) -> None:
     with_test = {"additive", "additive_no_floor", "size_only", "steps_fraction", "interaction", "kaplan"}
     assert ("size_matters" in head["tests"]) == (law in with_test)
     assert (result["allocation"][0]["status"] == "ok") <= (law in ("additive", "additive_no_floor"))
+
+
+ISO = {"base": Variant(), "few": Variant(batch=0.25), "many": Variant(batch=4.0)}
+
+
+@pytest.mark.parametrize(("tilt", "significant"), [(0.0, False), (0.15, True)])
+def test_iso_d_prime_runs_show_whether_t_matters_beyond_d_prime(tilt: float, significant: bool) -> None:
+    one = replace(
+        SMALL, ansatze=("transformer",), molecules=("N2", "PH3"), variants=ISO, hold_outs="", batch_max=1000,
+        failed=0.0, invalid=0.0, missing=0.0,
+    )  # fmt: skip
+    cube = synthetic_cube(one)
+    final = cube["final"].to_dataset()
+    final["variance"] = final["variance"] * (final["steps"] / 1000.0) ** tilt
+    final["variance"] = final["variance"].transpose(*final["status"].dims)
+    groups = {"/": cube.to_dataset(), "/final": final, "/molecule": cube["molecule"].to_dataset()}
+    rows, truth = rows_of(xr.DataTree.from_dict(groups))
+    result, _ = fit_rows(rows, truth, replace(QUICK, metrics=("v_score",)))
+    iso = _head(result, "transformer")["tests"]["iso_d_prime"]
+    assert iso["groups"] > 10
+    assert iso["low"] < iso["slope"] < iso["high"]
+    assert (iso["p_value"] < 0.01) == significant
+    page = render(result)
+    assert "Iso-D' (" in page
+    assert "exponent of T minus exponent of S_F" in page
+
+
+def test_without_iso_d_prime_runs_nothing_is_said_of_them(fitted: tuple[dict[str, Any], xr.DataTree]) -> None:
+    assert "iso_d_prime" not in _head(fitted[0], "transformer")["tests"]
+    assert "Iso-D'" not in render(fitted[0])

@@ -187,6 +187,7 @@ def _headline(result: Mapping[str, Any], fit: Mapping[str, Any]) -> Iterator[str
         yield "Intercepts: " + ", ".join(f"{m} {v:+.3f}" for m, v in fit["intercepts"].items()) + "."
         yield ""
     yield from _tests(fit)
+    yield from _right_variable(result, fit)
     yield from _flops_ratio(result, where)
     yield from _sensitivity(_block(result["sensitivity"], where))
     yield from _selection(_block(result["selection"], where))
@@ -220,6 +221,33 @@ def _tests(fit: Mapping[str, Any]) -> Iterator[str]:
         text = ", ".join(f"{k} {interval_text(v)}" for k, v in jackknife.items())
         yield f"- Between molecules (leave one out, t with {fit['n_molecules'] - 1}): {text}."
     yield ""
+
+
+def _right_variable(result: Mapping[str, Any], fit: Mapping[str, Any]) -> Iterator[str]:
+    """Is D' = T S_F the right variable?"""
+    apart = next(
+        (
+            f["tests"]["steps_equal_fraction"]
+            for f in result["fits"]
+            if "steps_equal_fraction" in f["tests"]
+            and all(f[k] == fit[k] for k in ("ansatz", "metric", "scope"))
+        ),
+        None,
+    )
+    iso = fit["tests"].get("iso_d_prime")
+    if apart is not None:
+        yield (
+            f"- D' = T S_F: exponent of T minus exponent of S_F {number(apart['difference'], 3)} "
+            f"{interval_text((apart['low'], apart['high']))}, p = {number(apart['p_value'], 2)}."
+        )
+    if iso is not None:
+        yield (
+            f"- Iso-D' ({iso['runs']} runs in {iso['groups']} groups of equal D' by other T): slope of ln L "
+            f"on ln T {number(iso['slope'], 3)} {interval_text((iso['low'], iso['high']))}, "
+            f"p = {number(iso['p_value'], 2)}."
+        )
+    if apart is not None or iso is not None:
+        yield ""
 
 
 def _flops_ratio(result: Mapping[str, Any], where: Mapping[str, str]) -> Iterator[str]:

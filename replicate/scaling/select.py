@@ -244,3 +244,48 @@ def residual_tests(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str
             "p_value": float(fit.pvalue),
         }
     return out
+
+
+#: D' of one iso-D' group differ by less than this (ln), their T by at least the second.
+ISO_WIDTH, ISO_SPREAD = 0.2, 0.5
+
+
+def iso_d_prime(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str, float] | None:
+    """Runs of one molecule and N with equal D' = T S_F by different T: does ln L depend on ln T?
+
+    The law says that it does not (FIT section 5). Slope of the fit's residuals on ln T within the groups, so
+    that what is left of differences in D' is taken out, with a run-clustered error; None without groups.
+    """
+    design = solution.layout.design
+    log_d, log_t = np.log(rows.variables["D"][mask]), np.log(rows.variables["T"][mask])
+    residual = np.clip(solution.residuals(), -4 * (solution.scale or 1), 4 * (solution.scale or 1))
+    cells = np.unique(
+        [rows.labels["molecule"][mask], rows.variables["N"][mask].astype(str)], axis=1, return_inverse=True
+    )[1].ravel()
+    x, y, kept, groups = np.zeros(log_d.size), np.zeros(log_d.size), np.zeros(log_d.size, bool), 0
+    for cell in np.unique(cells):
+        members = np.flatnonzero(cells == cell)
+        members = members[np.argsort(log_d[members])]
+        while members.size:
+            near = log_d[members] - log_d[members[0]] < ISO_WIDTH
+            group, members = members[near], members[~near]
+            if np.ptp(log_t[group]) >= ISO_SPREAD:
+                x[group], y[group] = (v[group] - v[group].mean() for v in (log_t, residual))
+                kept[group], groups = True, groups + 1
+    clusters = np.unique(design.cluster[kept]).size
+    if clusters - groups < 3:
+        return None
+    slope = float(x @ y / (x @ x))
+    sums = np.bincount(np.unique(design.cluster, return_inverse=True)[1], weights=x * (y - slope * x))
+    degrees = clusters - groups - 1
+    error = float(np.sqrt((sums**2).sum() * clusters / degrees) / (x @ x))
+    half = float(stats.t.ppf(0.975, degrees)) * error
+    return {
+        "groups": groups,
+        "runs": clusters,
+        "slope": slope,
+        "standard_error": error,
+        "low": slope - half,
+        "high": slope + half,
+        "p_value": float(2 * stats.t.sf(abs(slope) / error, degrees)) if error > 0 else 1.0,
+    }

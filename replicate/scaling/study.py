@@ -237,6 +237,10 @@ def fit_one(
             solution, "N", options.test_replicates, seed_of(options.seed, label + "/N")
         )
         entry["tests"]["size_matters"] = asdict(test)
+    if head and "D" in law.variables and not options.checkpoints:
+        iso = select.iso_d_prime(solution, rows, mask)
+        if iso is not None:
+            entry["tests"]["iso_d_prime"] = iso
     if scope == "all":
         refits, jackknife = infer.leave_one_group_out(solution)
         entry["leave_one_molecule_out"] = {"refits": refits, "intervals": jackknife}
