@@ -287,7 +287,8 @@ def plateaus(study: StudyData) -> Sheet:
                 "between": int((~stuck & ~accurate).sum()),
                 "accurate": int(accurate.sum()),
                 "median": float(np.median(runs["abs_error"])),
-                "point_ids": " ".join(runs.where(stuck).ids),
+                "stuck_ids": " ".join(runs.where(stuck).ids),
+                "point_ids": " ".join(runs.ids),
             }
             rows.append(row)
     columns = (
@@ -299,7 +300,8 @@ def plateaus(study: StudyData) -> Sheet:
         Column("between", "between"),
         Column("accurate", "chemically accurate"),
         Column("median", "median error (Ha)"),
-        Column("point_ids", "ids at Hartree-Fock", csv_only=True),
+        Column("stuck_ids", "ids at Hartree-Fock", csv_only=True),
+        Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
         f"Finished runs by what became of them. At Hartree-Fock: less than {PLATEAU_SHARE:.0%} of the "

@@ -27,6 +27,7 @@ _THEME = {
 }
 
 _PX_PER_PT = 1.8  # figures keep one scale on the page: 7 pt text is 12.6 px high
+_LEAST_PX_PER_PT = 1.3  # on a narrow screen they scroll rather than shrink below this
 
 
 def report_html(study: StudyData, products: Sequence[Product]) -> str:
@@ -128,7 +129,8 @@ def inline_svg(svg: str, name: str, title: str, alt: str) -> str:
 
 def _root(attributes: str, name: str, title: str, alt: str) -> str:
     width, height = (float(value) for value in re.findall(r'\b(?:width|height)="([\d.]+)pt"', attributes))
-    wide, names = f"max-width: {_PX_PER_PT * width:.0f}px", f"{name}-alt-title {name}-alt"
+    wide = f"max-width: {_PX_PER_PT * width:.0f}px; min-width: {_LEAST_PX_PER_PT * width:.0f}px"
+    names = f"{name}-alt-title {name}-alt"
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" style="{wide}" role="img" aria-labelledby="{names}">'
         f'<title id="{name}-alt-title">{escape(title)}</title><desc id="{name}-alt">{escape(alt)}</desc>'

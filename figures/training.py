@@ -289,7 +289,7 @@ def _count_axis(axis: Axes, space: float, label: str) -> None:
         "right", functions=(lambda s: np.multiply(s, space), lambda count: np.divide(count, space))
     )
     low, high = (value * space for value in axis.get_ylim())
-    ticks = [tick for tick in style.log_ticks(low, high, 4) if low <= tick <= high]
+    ticks = [tick for tick in style.log_ticks(low, high, 4) if max(low, 1.0) <= tick <= high]
     right.set_yticks(ticks, style.tick_labels(ticks))
     right.yaxis.set_minor_locator(NullLocator())
     right.set_ylabel(label)
