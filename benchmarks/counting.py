@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +31,49 @@ class OperatorCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.total += 1
         return func(*args, **(kwargs or {}))
+
+
+class Transfers(TorchDispatchMode):
+    """Lists the operators that make the host wait for the device, as `name` or `name x n` in `seen`.
+
+    On a CPU tensor `tolist` moves no data and is not dispatched, so the tensor method is watched too.
+    """
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal.default", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(part in name for part in self.WAITS):
+            self.seen.append(name)
+        if "_to_copy" in name and str((kwargs or {}).get("device")) == "cpu":
+            self.seen.append(name)
+        if "repeat_interleave" in name and (kwargs or {}).get("output_size") is None:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Lists(TorchFunctionMode):
+    """Counts `tolist` and `numpy`, which the dispatcher does not see."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def count_transfers(work: Callable[[], Any]) -> list[str]:
+    """Operators in `work` that a GPU would make the host wait for, in order."""
+    with Transfers() as transfers, Lists(transfers.seen):
+        work()
+    return transfers.seen
 
 
 def _product(a: Any, b: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
