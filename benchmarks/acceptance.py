@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, ParamSpec, TypeVar
@@ -30,13 +31,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from replicate import flops
-from replicate.energy import local_energies_paper, tree_amplitudes
-from replicate.hamiltonian import Kernel, jordan_wigner
+from replicate.energy import local_energies_paper
+from replicate.hamiltonian import jordan_wigner
 from replicate.spec import SamplingSpec, load_study
 from replicate.trainer import Training, train
-from replicate.tree import build_tree, tokens_of
+from replicate.tree import tokens_of
 
-from .cases import ANSATZE, DRAWN, ROOT, WHOLE_LIMIT, load, point, sector, whole_keys
+from .cases import ANSATZE, DRAWN, ROOT, WHOLE_LIMIT, load, point, whole_keys
 from .counting import count_transfers, watch
 
 P = ParamSpec("P")
@@ -214,7 +215,7 @@ def large_step(local_energy: str, repeats: int) -> tuple[Timing, int, float, int
     last = run.advance()
     timing = timed(run.advance, repeats)
     said, peak = load_average(), peak_bytes()
-    # The flat path pays for each determinant alone: time some, forward and backward as in a step, multiply up.
+    # The flat path pays for each determinant alone: some are timed, as in a step, and multiplied up.
     keys = torch.sort(run.kernel.connected(torch.tensor([run.sector.hf_key()])).key).values[:2000]
     flat_forward = timed(lambda: _no_grad(run, keys), 3).wall / len(keys)
     flat_both = timed(lambda: run.wave.flat_log_prob(keys).sum().backward(), 3).wall / len(keys)
@@ -247,14 +248,17 @@ def large(repeats: int) -> Iterator[Row]:
         yield Row("large", what, "<=", 8.0, peak / 1e9, "GB")
 
 
+def backward(log_prob: Callable[[Any], torch.Tensor], batch: Any) -> None:
+    log_prob(batch).sum().backward()
+
+
 def tree_against_flat(_: int) -> Iterator[Row]:
     """Forward and backward of log p alone, every determinant once, with the tree and without, in turns."""
     for ansatz in ("transformer", "retnet"):
         run = whole_run("N2", ansatz)
-        tree, keys = run.batch.tree, run.batch.tree.keys
-        ways: dict[str, Callable[[], Any]] = {
-            "tree": lambda run=run, tree=tree: run.wave.log_prob(tree).sum().backward(),
-            "flat": lambda run=run, keys=keys: run.wave.flat_log_prob(keys).sum().backward(),
+        ways: dict[str, Callable[[], None]] = {
+            "tree": partial(backward, run.wave.log_prob, run.batch.tree),
+            "flat": partial(backward, run.wave.flat_log_prob, run.batch.tree.keys),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _turn in range(3):
@@ -300,13 +304,6 @@ def hamiltonian(_: int) -> Iterator[Row]:
     yield Row("hamiltonian", "Li2O: peak memory of that process", "<=", 1.0, peak / 1e9, "GB")
 
 
-def gemm_rate(d: int, rows: int, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of (rows, d) @ (d, 4 d), the shape of a feed-forward layer; best of several."""
-    a, b = torch.rand(rows, d, dtype=dtype), torch.rand(d, 4 * d, dtype=dtype)
-    best = min(timed(lambda: a @ b, 1).wall for _ in range(20))
-    return 2 * rows * d * 4 * d / best
-
-
 def peak_gemm_rate() -> float:
     """FLOP/s of a square product in float32: the machine's rate, one thread."""
     a, b = torch.rand(1536, 1536), torch.rand(1536, 1536)
@@ -323,7 +320,9 @@ def gemm(_: int) -> Iterator[Row]:
         timing = timed(run.advance, 5)
         rate = record.flops_executed / timing.wall
         note = f"{rate / 1e9:.1f} of {machine / 1e9:.1f} GFLOP/s, N = {run.n_modulus + run.n_phase}"
-        yield Row("gemm", f"N2 {ansatz}, d = 128: share of GEMM rate", ">=", 50, 100 * rate / machine, "%", note)
+        yield Row(
+            "gemm", f"N2 {ansatz}, d = 128: share of GEMM rate", ">=", 50, 100 * rate / machine, "%", note
+        )
 
 
 def convergence(_: int) -> Iterator[Row]:
@@ -338,8 +337,11 @@ def convergence(_: int) -> Iterator[Row]:
         for _record in run:
             pass
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        assert molecule.e_fci is not None
         error = run.evaluate().energy - molecule.e_fci
-        note = f"{trained.steps} steps, wall {wall:.0f} s, {load_average()}, N = {run.n_modulus + run.n_phase}"
+        note = (
+            f"{trained.steps} steps, wall {wall:.0f} s, {load_average()}, N = {run.n_modulus + run.n_phase}"
+        )
         label = f"{name} {trained.ansatz.name}/{trained.size}"
         most, within = limits[name]
         yield Row("convergence", f"{label}: error above FCI", "<=", most, 1e3 * error, "mHa", note)

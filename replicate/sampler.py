@@ -47,9 +47,12 @@ def split_binary(n_samples: int, prob: Tensor, generator: torch.Generator) -> Te
     for _ in range(depth):
         sums.append(sums[-1].view(-1, 2).sum(1))
     counts = torch.full_like(sums[-1], float(n_samples))
-    for level in reversed(sums[:-1]):
-        pairs = level.view(-1, 2)
-        left = torch.binomial(counts, _ratio(pairs[:, 0], pairs.sum(1)), generator=generator)
+    if not depth:
+        return counts
+    # The chance of the left half at every node of the tree of sums, all in one go: few operators.
+    left_half = _ratio(torch.cat([level[0::2] for level in sums[:-1]]), torch.cat(sums[1:]))
+    for chance in reversed(left_half.split([level.shape[0] for level in sums[1:]])):
+        left = torch.binomial(counts, chance, generator=generator)
         counts = torch.stack([left, counts - left], dim=1).view(-1)
     return counts[:size]
 
@@ -147,7 +150,7 @@ def sample_tree(
             level = Level(placed, parent[rows], symbol, prefix[rows])
             logits, state = advance(level, state)
             mask = feasible.mask[placed, alpha[rows], beta[rows]]
-            children[rows] = split_tokens(counts[rows], log_conditionals(logits, mask).exp(), generator)
+            children[rows] = split_tokens(counts[rows], log_conditionals(logits, ~mask).exp(), generator)
 
         row, token = children.nonzero(as_tuple=True)
         counts = children[row, token]

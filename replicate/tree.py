@@ -9,11 +9,13 @@ the subtree of node i is the contiguous range [i, i + size[i]).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from replicate.sector import Sector, feasible_tokens
 
@@ -87,6 +89,11 @@ class PrefixTree:
     def n_leaves(self) -> int:
         """Determinants in the batch."""
         return self.keys.shape[0]
+
+    @cached_property
+    def closed(self) -> Tensor:
+        """Infeasible tokens: bool (nodes, 4)."""
+        return ~self.mask
 
     @cached_property
     def tips(self) -> Tips:
@@ -175,15 +182,28 @@ class Blocks:
     In pre-order, an ancestor of a node of a block either lies in the block or on the path to the block's
     first node. Each block of `width` queries therefore has T - 1 + width keys: that path, then the block
     itself.
-    `n_padded`: nodes rounded up to whole blocks. `path`: int64 (blocks, T - 1), node indices (0 where
-    masked).
-    `mask`: bool (blocks, width, T - 1 + width), ancestor-or-self; padding nodes see only themselves.
+    `symbol`, `level`: int64 (n_padded,), those of the nodes, then of padding (START, 0). `path`: int64
+    (blocks, T - 1), node indices (0 where masked). `mask`: bool (blocks, width, T - 1 + width),
+    ancestor-or-self; padding nodes see only themselves.
     """
 
     width: int
-    n_padded: int
+    symbol: Tensor
+    level: Tensor
     path: Tensor
     mask: Tensor
+
+    @property
+    def n_padded(self) -> int:
+        """Nodes rounded up to whole blocks."""
+        return self.level.shape[0]
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What an ansatz derives from these blocks and needs again in every layer and step."""
+        cache: dict[str, Tensor] = self.__dict__.setdefault("_derived", {})
+        if name not in cache:
+            cache[name] = make()
+        return cache[name]
 
 
 def _blocks(tree: PrefixTree, width: int) -> Blocks:
@@ -202,7 +222,9 @@ def _blocks(tree: PrefixTree, width: int) -> Blocks:
     end = (keys + size[keys]).unsqueeze(1)
     mask = (keys.unsqueeze(1) <= own.unsqueeze(2)) & (own.unsqueeze(2) < end)
     valid = torch.cat([on_path, torch.ones_like(own, dtype=torch.bool)], dim=1)
-    return Blocks(width, n_padded, path, mask & valid.unsqueeze(1))
+    symbol = functional.pad(tree.symbol, (0, n_padded - n_nodes), value=START)
+    level = functional.pad(tree.level, (0, n_padded - n_nodes))
+    return Blocks(width, symbol, level, path, mask & valid.unsqueeze(1))
 
 
 def path_sum(values: Tensor, tree: PrefixTree) -> Tensor:

@@ -69,7 +69,8 @@ def move_tree(tree: PrefixTree, device: str, blocks: Blocks, tips: Tips) -> Pref
     out = PrefixTree(**{name: moved(device, getattr(tree, name)) for name in names})
     out.__dict__["_blocks"] = {
         BLOCK_WIDTH: Blocks(
-            BLOCK_WIDTH, blocks.n_padded, moved(device, blocks.path), moved(device, blocks.mask)
+            BLOCK_WIDTH,
+            *(moved(device, getattr(blocks, name)) for name in ("symbol", "level", "path", "mask")),
         )
     }
     out.__dict__["tips"] = Tips(moved(device, tips.keys), moved(device, tips.slot))

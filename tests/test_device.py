@@ -15,10 +15,13 @@ import pytest
 import torch
 from chemistry import molecule, spec
 from networks import KINDS, PARAMS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec
 from replicate.trainer import train
+
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
+
+from benchmarks.counting import count_transfers
 
 DEVICES = [
     "cpu",
@@ -36,32 +39,26 @@ def make_point(kind: str, **changes: Any) -> Point:
     return Point(**{**fields, **changes})
 
 
-class Transfers(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal.default", "bincount")
-        if any(part in name for part in waits):
-            self.seen.append(name)
-        if "_to_copy" in name and str((kwargs or {}).get("device")) == "cpu":
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_pass_step_waits_at_most_three_times(kind: str) -> None:
-    """On a CPU tensor `tolist` moves no data, so it is added by hand: one per step, for the record."""
+    """Everything that a record needs comes in one transfer, and nothing else is waited for."""
     run = train(make_point(kind), molecule("LiH"))
     run.advance()  # the sector's batch is made once
     assert run.regime == "whole"
-    with Transfers() as transfers:
-        run.advance()
-    assert len(transfers.seen) + 1 <= 3, transfers.seen
+    seen = count_transfers(run.advance)
+    assert "tolist" in seen  # the counter sees what is there
+    assert len(seen) <= 3, seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["exact", "sampled"])
+def test_growing_tree_waits_twice_a_level_and_a_few_times(kind: str, mode: str) -> None:
+    """The sizes of a level are data (its open prefixes, its drawn ones); the rest is a fixed number."""
+    sampling = SamplingSpec(regime="tree")
+    run = train(make_point(kind, sampling=sampling, local_energy=mode), molecule("LiH"))
+    run.advance()
+    seen = count_transfers(run.advance)
+    assert 2 * run.sector.n_orbitals < len(seen) <= 2 * run.sector.n_orbitals + 14, seen
 
 
 @pytest.mark.parametrize("device", ["cuda", "mockgpu"])

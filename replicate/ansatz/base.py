@@ -56,13 +56,13 @@ class Modulus(Protocol):
         ...
 
 
-def log_conditionals(logits: Tensor, mask: Tensor) -> Tensor:
-    """log p of each outcome with infeasible ones excluded: (..., 4) logits, bool mask -> float64 (..., 4).
+def log_conditionals(logits: Tensor, closed: Tensor) -> Tensor:
+    """log p of each outcome, infeasible ones `closed`: (..., 4) logits and bool -> float64 (..., 4).
 
     In float64 whatever the network's precision: the sum of p over the sector is then 1 to
     rounding of float64.
     """
-    return logits.to(torch.float64).masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return logits.to(torch.float64).masked_fill(closed, -torch.inf).log_softmax(-1)
 
 
 class WaveFunction(nn.Module):
@@ -105,9 +105,9 @@ class WaveFunction(nn.Module):
         """log p of the tree's determinants: float64 (batch,), differentiable."""
         if tree.n_nodes == 0:  # every token is forced: the sector is one determinant
             return torch.zeros(tree.n_leaves, dtype=torch.float64, device=tree.keys.device)
-        conditionals = log_conditionals(self.network.tree_logits(tree), tree.mask)
+        conditionals = log_conditionals(self.network.tree_logits(tree), tree.closed)
         # Infeasible outcomes are on no path; 0 keeps -inf out of the running sums.
-        return path_sum(conditionals.masked_fill(~tree.mask, 0.0), tree)
+        return path_sum(conditionals.masked_fill(tree.closed, 0.0), tree)
 
     def flat_log_prob(self, keys: Tensor) -> Tensor:
         """log p by the slow twin: any int64 keys (batch,), in or out of the sector (-inf) -> float64."""
@@ -117,7 +117,7 @@ class WaveFunction(nn.Module):
         feasible = self.feasible(keys.device).mask
         mask = feasible[columns, alpha.cumsum(1) - alpha, beta.cumsum(1) - beta]
         mask = mask | ~mask.any(-1, keepdim=True)  # past a wrong turn every outcome is as good
-        conditionals = log_conditionals(self.network.flat_logits(keys), mask)
+        conditionals = log_conditionals(self.network.flat_logits(keys), ~mask)
         log_prob = conditionals.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).sum(1)
         alpha, beta = alpha.sum(1), beta.sum(1)
         inside = (alpha == self.sector.n_alpha) & (beta == self.sector.n_beta)

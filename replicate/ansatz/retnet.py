@@ -139,10 +139,10 @@ class RetNet(nn.Module):
         """Every node is one position. gamma^(t-s) = gamma^t gamma^-s rides on the rotations of q and k (at
         most 31 levels, so gamma^-s < 3), which leaves a plain ancestor mask."""
         blocks = tree.blocks(BLOCK_WIDTH)
-        x = embed(self.token, self.position, tree, blocks.n_padded)
-        level = functional.pad(tree.level, (0, blocks.n_padded - tree.n_nodes))
-        phases = self.tables.decayed.index_select(0, level)
-        mask = blocks.mask.unsqueeze(1).to(x.dtype)
+        x = embed(self.token, self.position, blocks)
+        tables, shape = self.tables, f"{self.d} {self.heads} {x.dtype}"
+        phases = blocks.once(f"phases {shape}", lambda: tables.decayed.index_select(0, blocks.level))
+        mask = blocks.once(f"mask {x.dtype}", lambda: blocks.mask.to(x.dtype)).unsqueeze(1)
         mix = partial(self._retain_blocks, blocks=blocks, phases=phases, mask=mask)
         for layer in self.layers:
             x = layer(x, mix)

@@ -84,9 +84,12 @@ class Transformer(nn.Module):
     def tree_logits(self, tree: PrefixTree) -> Tensor:
         """Every node is one position; attention over its ancestors as dense depth-first blocks."""
         blocks = tree.blocks(BLOCK_WIDTH)
-        x = embed(self.token, self.position, tree, blocks.n_padded)
-        bias = torch.zeros(blocks.mask.shape, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill_(~blocks.mask, -torch.inf).unsqueeze(1)
+        x = embed(self.token, self.position, blocks)
+
+        def make_bias() -> Tensor:
+            return torch.zeros_like(blocks.mask, dtype=x.dtype).masked_fill_(~blocks.mask, -torch.inf)
+
+        bias = blocks.once(f"bias {x.dtype}", make_bias).unsqueeze(1)
         mix = partial(self._attend_blocks, blocks=blocks, bias=bias)
         for layer in self.layers:
             x = layer(x, mix)
@@ -146,12 +149,9 @@ def normal_init(module: nn.Module, std: float) -> None:
             nn.init.zeros_(part.bias)
 
 
-def embed(token: nn.Embedding, position: nn.Embedding, tree: PrefixTree, n_padded: int) -> Tensor:
+def embed(token: nn.Embedding, position: nn.Embedding, blocks: Blocks) -> Tensor:
     """Token plus position embedding of every node, padded with copies of node 0's: (n_padded, d)."""
-    pad = n_padded - tree.n_nodes
-    symbol = functional.pad(tree.symbol, (0, pad), value=START)
-    level = functional.pad(tree.level, (0, pad))
-    x: Tensor = token(symbol) + position(level)
+    x: Tensor = token(blocks.symbol) + position(blocks.level)
     return x
 
 
