@@ -18,7 +18,7 @@ from replicate.tree import START, SYMBOLS, Blocks, PrefixTree, tokens_of
 # of matrix products; 16 was the fastest on a CPU among 8, 16, 32 and 64 (forward and backward).
 BLOCK_WIDTH = 16
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": functional.gelu}
 Mix = Callable[[Tensor], Tensor]  # (rows, 3d) queries, keys, values -> (rows, d): attention in some layout
 
 
