@@ -100,9 +100,12 @@ def plan(arguments: argparse.Namespace) -> int:
     header = "id molecule ansatz size steps variant seed N_mod N_ph N FLOP time state".split()
     _table(header, rows)
     _say()
+    unknown = sum(row["flops_estimated"] is None for row in record["points"])
+    total = f"{'' if not unknown else 'at least '}{_number(record['flops_estimated'])} FLOP in all (no reuse)"
+    if unknown == record["n_points"]:
+        total = "FLOP unknown until M is (`unique_flips` of a molecule)"
     _say(
-        f"{study.name}: {record['n_points']} points, {record['n_left']} to run; estimated "
-        f"{_number(record['flops_estimated'])} FLOP in all (no reuse), about "
+        f"{study.name}: {record['n_points']} points, {record['n_left']} to run; estimated {total}, about "
         f"{duration(record['seconds_estimated_left'])} of one core left"
     )
     return DONE
@@ -117,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     from replicate.plan import estimates, longest_first
 
     options = _options(arguments)
+    _check_molecules(points)
     known = estimates(study, store)
     expected = {estimate.point.id: estimate.seconds for estimate in known}
     ordered = longest_first(points, known)
@@ -197,6 +201,20 @@ def _engine(arguments: argparse.Namespace, options: Options, store: Store) -> St
     return lambda say: LocalEngine(options)
 
 
+def _check_molecules(points: Sequence[Point]) -> None:
+    """What a spec alone cannot know of a molecule: every problem at once, before anything is written."""
+    from replicate.scf import check_basis
+
+    problems: list[str] = []
+    for molecule in {point.molecule.name: point.molecule for point in points}.values():
+        try:
+            check_basis(molecule)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+
 def status(arguments: argparse.Namespace) -> int:
     """Say what the files say."""
     study, store = _open(arguments)
@@ -260,13 +278,12 @@ def _molecule_spec(arguments: argparse.Namespace) -> MoleculeSpec:
     name = arguments.name
     charge, multiplicity, basis = arguments.charge, arguments.multiplicity, arguments.basis
     if Path(name).suffix.lower() in (".xyz", ".fcidump") or Path(name).is_file():
-        return molecule_from_file(
-            name, charge=charge or 0, multiplicity=multiplicity or 1, basis=basis or "sto-3g"
-        )
-    from replicate.spec import molecule_by_name
+        return molecule_from_file(name, charge=charge, multiplicity=multiplicity, basis=basis)
+    from replicate.spec import molecule_by_name, shared_table
 
+    table = arguments.molecules or shared_table(Path("specs"))
     changes = {"charge": charge, "multiplicity": multiplicity, "basis": basis}
-    return molecule_by_name(name, arguments.molecules, {k: v for k, v in changes.items() if v is not None})
+    return molecule_by_name(name, table, {k: v for k, v in changes.items() if v is not None})
 
 
 def flops(arguments: argparse.Namespace) -> int:
@@ -433,7 +450,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--multiplicity", type=_positive, help="2 S + 1 (default: 1, or the table's)")
     made.add_argument("--basis", help="basis set (default: sto-3g, or the table's)")
     made.add_argument(
-        "--molecules", type=Path, default=Path("specs/molecules.toml"), metavar="FILE", help="molecule table"
+        "--molecules",
+        type=Path,
+        metavar="FILE",
+        help="molecule table (default: specs/molecules.toml, else the one that comes with the package)",
     )
     made.add_argument("--json", action="store_true", help="print JSON; keys are the cube's /molecule names")
     _artifacts(made)

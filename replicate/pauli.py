@@ -234,6 +234,8 @@ def _strings(
                 for j, column in enumerate(columns):
                     z |= column * (subset >> j & 1)
                 out.append((flip[term], parity[term] ^ z, scale * _sign(z & filled[term]), term))
+    if not out:
+        return flip[:0], flip[:0], coefficient[:0]
     flips, z_masks, weights, terms = (np.concatenate(column) for column in zip(*out, strict=True))
     order = np.argsort(terms, kind="stable")
     return flips[order], z_masks[order], weights[order]

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import warnings
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from replicate.fcidump import read_fcidump
 from replicate.sector import MAX_QUBITS
-from replicate.spec import UserError
+from replicate.spec import MoleculeSpec, UserError
 
 Floats = NDArray[np.float64]
 
@@ -77,6 +78,22 @@ def solve(problem: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_basis(spec: MoleculeSpec) -> None:
+    """Whether PySCF has the basis for these atoms, and whether it fits 62 spin-orbitals; raises UserError.
+
+    A spec checks what STO-3G needs by itself; for any other basis a run asks here, before its first point.
+    """
+    if spec.atoms is None or spec.minimal_basis is not None:
+        return
+    with warnings.catch_warnings():  # PySCF advertises another package where it lacks a basis
+        warnings.simplefilter("ignore")
+        n = 2 * _build({**spec.identity(), "name": spec.name}).nao
+    if spec.spin_orbitals not in (None, n):
+        raise UserError(
+            f"{spec.name}: spin_orbitals: {spec.spin_orbitals} given, but {spec.basis} has {n} here"
+        )
+
+
 def _build(problem: dict[str, Any]) -> Any:
     """The PySCF molecule, or UserError for what PySCF cannot build."""
     from pyscf import gto
@@ -104,10 +121,6 @@ def _build(problem: dict[str, Any]) -> Any:
         raise UserError(f"{name}: basis: {2 * mol.nao} spin-orbitals; supported are at most {MAX_QUBITS}")
     if max(mol.nelec) > mol.nao:
         raise UserError(f"{name}: charge: {mol.nelec} alpha and beta electrons do not fit {mol.nao} orbitals")
-    points = np.asarray(mol.atom_coords())
-    distance = np.linalg.norm(points[:, None] - points[None, :], axis=-1) + 10 * np.eye(len(points))
-    if distance.min() < 0.1:
-        raise UserError(f"{name}: atoms: two nuclei are {distance.min():.3g} bohr apart")
     return mol
 
 

@@ -125,6 +125,53 @@ def test_molecule_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "unknown molecule 'H20', did you mean \"H2\"?" in capsys.readouterr().err
 
 
+def test_a_study_of_files_from_geometry_to_cube(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """[molecule.NAME] with xyz and fcidump, relative to the spec; the folder it is run in does not matter."""
+    from pyscf import gto, scf
+    from pyscf.tools import fcidump
+
+    (tmp_path / "cation.xyz").write_text("2\n\nLi 0 0 0\nH 0 0 1.6\n", encoding="utf-8")
+    h2 = gto.M(atom="H 0 0 0; H 0 0 1.5", basis="sto-3g", verbose=0)
+    fcidump.from_scf(scf.RHF(h2).run(conv_tol=1e-12), str(tmp_path / "h2.fcidump"), tol=1e-15)
+    spec = write_spec(
+        ('molecules = ["H2"]', 'molecules = ["H2", "dump", "cation"]'),
+        add='\n[molecule.dump]\nfcidump = "h2.fcidump"\n'
+        '\n[molecule.cation]\nxyz = "cation.xyz"\ncharge = 1\nmultiplicity = 2\n',
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["run", str(spec), "--workers", "1"]) == 0
+    assert main(["collect", str(spec)]) == 0
+    with xr.open_datatree("artifacts/tiny/cube.nc", engine="netcdf4") as tree:
+        found = tree["molecule"].to_dataset().load()
+        assert (tree["final"]["status"] == 1).all()
+    assert found.sel(molecule="dump")["e_fci"] == pytest.approx(
+        float(found.sel(molecule="H2")["e_fci"]), abs=1e-9
+    )
+    cation = found.sel(molecule="cation")
+    assert (int(cation["n_alpha"]), int(cation["n_beta"]), int(cation["search_space"])) == (2, 1, 90)
+    assert capsys.readouterr().err.count("[") == 3
+
+
+def test_a_basis_that_does_not_exist_stops_a_run_before_it_writes(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = write_spec(
+        ('molecules = ["H2"]', 'molecules = ["H2", "LiH"]'),
+        ("[molecule.H2]\n", '[molecule.H2]\nbasis = "sto-4711g"\n'),
+        ("[molecule.LiH]\n", '[molecule.LiH]\nbasis = "cc-pv5z"\n'),
+    )
+    assert main(["run", str(spec)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("H2: basis: 'sto-4711g' on these atoms: ")
+    assert second == "LiH: basis: 292 spin-orbitals; supported are at most 62"
+    assert not Path("artifacts").exists()
+
+
 def test_flops_beside_each_other(
     trained: tuple[Study, Store], spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +280,7 @@ def test_verify_allows_rounding_on_another_machine_only(trained: tuple[Study, St
         (["collect", "tiny.toml"], "artifacts/tiny/points: no such folder; run the study first"),
         (["verify", "tiny.toml"], "artifacts/tiny/points: no stored point to verify"),
         (["molecule", "none.xyz"], "none.xyz"),
-        (["molecule", "H2"], "specs/molecules.toml: no such file"),
+        (["molecule", "H2", "--molecules", "none.toml"], "none.toml: no such file"),
     ],
 )
 def test_mistakes_get_one_line_and_2(

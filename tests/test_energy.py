@@ -21,6 +21,7 @@ from replicate.energy import (
     v_score,
 )
 from replicate.hamiltonian import Kernel, matrix_elements_dense
+from replicate.sampler import sample_tree
 from replicate.sector import Sector
 from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec, TrainSpec
 from replicate.trainer import Training, train
@@ -129,6 +130,27 @@ def test_sampled_evaluation_agrees_with_the_exact_one() -> None:
     assert abs(sampled.variance / truth.variance - 1) < 0.05
 
 
+def test_evaluation_is_exact_in_the_local_energy_and_independent_of_training() -> None:
+    """Whatever mode a point trains on; and not the samples of the first step again."""
+    few = {"exact_limit": 0, "n_samples": 10**12, "batch_max": 20}
+    energies = {}
+    for mode in ("exact", "sampled"):
+        run = train(make_point("LiH", "made", local_energy=mode, evaluation=few), molecule("LiH"))
+        run.wave.load_state_dict(wave_function(run.sector, "made", 2, spread=2.0).state_dict())
+        energies[mode] = run.evaluate().energy
+        own = run.wave, run.kernel
+    assert abs(energies["exact"] - energies["sampled"]) < 1e-4  # two draws of 1e12
+    with torch.no_grad():
+        largest = sample_tree(own[0], 10**12, 20, torch.Generator().manual_seed(0))
+    cut = LOCAL_ENERGY["sampled"](*own, largest.keys, 10**4).values
+    assert abs((cut.real * largest.weights).sum().item() - energies["sampled"]) > 1e-2  # it can fail
+
+    sampling = SamplingSpec(schedule="constant", n_max=1000, n_min=1, regime="tree")
+    point = make_point("LiH", "made", sampling=sampling, evaluation={"exact_limit": 0, "n_samples": 1000})
+    before = train(point, molecule("LiH")).evaluate().energy
+    assert train(point, molecule("LiH")).advance().energy != before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["LiH", "CH2"])
 def test_gradient_equals_finite_differences_of_the_exact_energy(name: str, kind: str) -> None:
@@ -218,6 +240,19 @@ def test_regimes_have_the_same_expectation(kind: str, mode: str) -> None:
     assert abs(records["whole"][0] - records["tree"][0]) < 1e-4
     assert abs(records["whole"][1] / records["tree"][1] - 1) < 1e-3
     assert (grads["whole"] - grads["tree"]).norm() / grads["tree"].norm() < 1e-3
+
+
+def test_regimes_neglect_the_same_determinants() -> None:
+    """`sampled` where few of many are kept: what is not in the sample counts in neither regime."""
+    outcomes = {}
+    for regime in ("whole", "tree"):
+        sampling = SamplingSpec(schedule="constant", n_max=10**12, regime=regime, batch_max=9)
+        run = train(make_point("LiH", "made", sampling=sampling, local_energy="sampled"), molecule("LiH"))
+        run.wave.load_state_dict(wave_function(run.sector, "made", 2, spread=2.0).state_dict())
+        outcomes[regime], _ = (run._whole_step if regime == "whole" else run._tree_step)(10**12, 0.0)
+    assert outcomes["whole"][2] == outcomes["tree"][2] == 9
+    assert abs(outcomes["whole"][0] - outcomes["tree"][0]) < 1e-4
+    assert abs(outcomes["whole"][1] / outcomes["tree"][1] - 1) < 1e-3
 
 
 def test_energy_stats_by_hand() -> None:

@@ -236,7 +236,7 @@ def test_xyz_and_the_same_atoms_are_one_molecule(tmp_path: Path, write_spec: Wri
     assert molecule_from_file(str(tmp_path / "h2.xyz")).atoms == from_file.molecule.atoms
 
 
-FCIDUMP = "&FCI NORB=  4,NELEC= 4,MS2=2,\n ORBSYM=1,1,1,1,\n ISYM=1,\n&END\n 0.5 1 1 1 1\n"
+FCIDUMP = "&FCI NORB=  4,NELEC= 4,MS2=2,\n ORBSYM=1,1,1,1,\n ISYM=1,\n&END\n 0.5 1 1 1 1\n -1.0 1 1 0 0\n"
 
 
 def test_fcidump_says_electrons_and_is_known_by_its_content(tmp_path: Path, write_spec: WriteSpec) -> None:
@@ -254,6 +254,69 @@ def test_fcidump_says_electrons_and_is_known_by_its_content(tmp_path: Path, writ
         )
         ids.append(point.id)
     assert ids[0] == ids[1] != ids[2]
+
+
+WATER = "3\nwater\nO 0 0 0\nH 0.2774 0.8929 0.2544\nH 0.6068 -0.2383 -0.7169\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WATER.replace("\n", "\r\n"),
+        "\ufeff" + WATER,
+        WATER.replace(" ", "\t"),
+        WATER + "\n\n",
+        WATER.replace("O 0 0 0\n", "O 0 0 0\n\n"),
+        WATER.replace("O 0 0 0", "8 0.0 -0.0 0e0 -0.66 extra columns"),
+        WATER.replace("H ", "h ").replace("water", ""),
+    ],
+    ids=["crlf", "byte order mark", "tabs", "blank end", "blank line", "number and columns", "lower case"],
+)
+def test_xyz_as_other_programs_write_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plain.xyz").write_text(WATER, encoding="utf-8")
+    (tmp_path / "other.xyz").write_bytes(text.encode())
+    plain, other = (molecule_from_file(str(tmp_path / name)) for name in ("plain.xyz", "other.xyz"))
+    assert other.identity() == plain.identity()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: expected the number of atoms"),
+        ("2 atoms\n\nH 0 0 0\nH 0 0 1\n", "line 1: expected the number of atoms"),
+        ("0\n\n", "line 1: says 0 atoms, 0 follow"),
+        ("2\nH 0 0 0\nH 0 0 1\n", "line 1: says 2 atoms, 1 follow"),
+        (WATER + WATER, "line 1: says 3 atoms, 8 follow"),
+        ("1\n\nGhost-H 0 0 0\n", "line 3: unknown element 'Ghost-H'; allowed H to Kr"),
+        ("1\n\nI 0 0 0\n", "line 3: unknown element 'I'; allowed H to Kr"),
+        ("1\n\nHe 0 0\n", "line 3: expected `symbol x y z`"),
+        ("1\n\nHe 0 0 nan\n", "line 3: a coordinate is not finite"),
+        ("2\n\nH 0 0 0\nH 0 0 0.02\n", "atoms: atoms 1 and 2 are 0.038 bohr apart"),
+        ("1\n\nH 0 0 0\n", "multiplicity: 1 is impossible with 1 electrons in 1 orbitals; allowed 2"),
+    ],
+)
+def test_xyz_that_cannot_be_used(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.xyz").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        molecule_from_file("bad.xyz")
+    (line,) = caught.value.problems
+    assert line.startswith(f"bad.xyz: {message}")
+
+
+def test_an_fcidump_is_not_given_what_it_says_itself(tmp_path: Path) -> None:
+    path = tmp_path / "FCIDUMP"
+    path.write_text(FCIDUMP, encoding="utf-8")
+    assert molecule_from_file(str(path), multiplicity=3).multiplicity == 3
+    for changes, message in (
+        ({"charge": 1}, "--charge: an FCIDUMP .* has its charge in it"),
+        ({"basis": "6-31g"}, "--basis: an FCIDUMP .* has its basis in it"),
+        ({"multiplicity": 1}, "multiplicity: 1 given, but FCIDUMP has 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            molecule_from_file(str(path), **changes)  # type: ignore[arg-type]
 
 
 def test_molecule_with_a_changed_charge_forgets_what_was_known(tmp_path: Path) -> None:
@@ -389,7 +452,8 @@ MALFORMED: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "no electrons": ([("[molecule.H2]\n", "[molecule.H2]\ncharge = 2\n")], "", "molecule.H2.charge: 2 leaves 0 electrons"),
     "too many electrons": ([("[molecule.H2]\n", "[molecule.H2]\ncharge = -3\n")], "", "molecule.H2.charge: 5 electrons do not fit"),
     "unknown element": ([('["H", 0.0, 0.0, 0.0]', '["Xx", 0.0, 0.0, 0.0]')], "", "molecule.H2.atoms: unknown element 'Xx'"),
-    "atoms at one place": ([("0.0, 0.0, 1.5", "0.0, 0.0, 0.0")], "", "molecule.H2.atoms: atoms 1 and 2 are at the same place"),
+    "atoms at one place": ([("0.0, 0.0, 1.5", "0.0, 0.0, 0.0")], "", "molecule.H2.atoms: atoms 1 and 2 are 0 bohr apart, at least 0.1 is needed"),
+    "coordinates in another unit": ([("0.0, 0.0, 1.5", "0.0, 0.0, 0.04")], "", "molecule.H2.atoms: atoms 1 and 2 are 0.076 bohr apart, at least 0.1 is needed; is `unit` right?"),
     "coordinate missing": ([('["H", 0.0, 0.0, 0.0]', '["H", 0.0, 0.0]')], "", "molecule.H2.atoms"),
     "spin-orbitals that disagree": ([("[molecule.H2]\n", "[molecule.H2]\nspin_orbitals = 6\n")], "", "molecule.H2.spin_orbitals: 6 given, but sto-3g has 4"),
     "too many spin-orbitals": ([(ATOMS, str([["C", 2.0 * i, 0.0, 0.0] for i in range(7)]).replace("'", '"'))], "", "molecule.H2.spin_orbitals: 70 spin-orbitals; supported are at most 62"),
@@ -421,6 +485,39 @@ MALFORMED: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "size that is no table": ([("xs = { width = 4 }", "xs = 4")], "", "ansatz.made.sizes.xs: expected a table, got 4"),
     "study name that is no folder": ([('study = "tiny"', 'study = "../tiny"')], "", "study: '../tiny' is not a folder name"),
     "table given twice": ([], "\n[phase]\nwidth = 3\n", "not valid TOML: "),
+    "FCIDUMP that is cut off": ([(f"atoms = {ATOMS}", 'fcidump = "cut"')], "", "molecule.H2.fcidump: cut: no one-electron integral (p q 0 0) in the file"),
+    "FCIDUMP with a broken line": ([(f"atoms = {ATOMS}", 'fcidump = "broken"')], "", "molecule.H2.fcidump: broken: line 6: expected a value and four orbital indices, got '-1.0 1'"),
+    "FCIDUMP beyond 62": ([(f"atoms = {ATOMS}", 'fcidump = "large"')], "", "molecule.H2.spin_orbitals: 64 spin-orbitals; supported are at most 62"),
+    "no file name": ([(f"atoms = {ATOMS}", 'xyz = ""')], "", "molecule.H2.xyz: empty; expected the name of a file"),
+    "no basis": ([("[molecule.H2]\n", '[molecule.H2]\nbasis = ""\n')], "", "molecule.H2.basis: expected a name, got ''"),
+    "molecule that is no table": ([(f"[molecule.H2]\natoms = {ATOMS}\n", ""), ("seeds = [0]", "seeds = [0]\nmolecule.H2 = 3")], "", "molecule.H2: expected a table, got 3"),
+    "axis inside a section": ([("seeds = [0]\n", ""), ("learning_rate", "seeds = [0]\nlearning_rate")], "", "train.seeds: unknown key"),
+    "steps inside a size": ([("xs = { width = 4 }", "xs = { width = 4, train = { steps = [9] } }")], "", "ansatz.made.sizes.xs.train.steps: unknown key"),
+    "a string for a list": ([('sizes = ["xs"]', 'sizes = "xs"')], "", "sizes: expected a list, got 'xs'"),
+    "a number for a label": ([('sizes = ["xs"]', "sizes = [4]")], "", "sizes.0: expected a string, got 4"),
+    "an empty size": ([('sizes = ["xs"]', 'sizes = [""]')], "", "sizes: '' is not a label; allowed at most 100 letters, digits and _ . + -"),
+    "an empty ansatz": ([('ansatze = ["made"]', 'ansatze = [""]')], "", "ansatze: '' is not a label"),
+    "an empty molecule": ([('molecules = ["H2"]', 'molecules = [""]')], "", "molecules: '' is not a label"),
+    "unicode label": ([('molecules = ["H2"]', 'molecules = ["H\u2082"]'), ("[molecule.H2]", '[molecule."H\u2082"]')], "", "molecules: 'H\u2082' is not a label"),
+    "absolute study": ([('study = "tiny"', 'study = "/tmp/tiny"')], "", "study: '/tmp/tiny' is not a folder name"),
+    "study beyond a file name": ([('study = "tiny"', f'study = "{"x" * 300}"')], "", "study: 'xxx"),
+    "fraction for a seed": ([("seeds = [0]", "seeds = [0.5]")], "", "seeds.0: expected a whole number, got 0.5"),
+    "seed beyond 64 bits": ([("seeds = [0]", "seeds = [9223372036854775808]")], "", "seeds.0: must be less than 9223372036854775808"),
+    "steps without end": ([("steps = [3]", "steps = [1000000000000]")], "", "train.steps: 1000000000000 exceeds 1e+09; a number of every step is kept"),
+    "width without end": ([("xs = { width = 4 }", "xs = { width = 1000000000 }")], "", "ansatz.made.sizes.xs.width: must be less than or equal to 1000000"),
+    "threshold that drops the physics": ([("seeds = [0]", "seeds = [0]\nhamiltonian_threshold = 1.0")], "", "hamiltonian_threshold: must be less than or equal to 0.01, got 1.0"),
+    "no batch": ([], "\n[sampling]\nbatch_max = 0\n", "sampling.batch_max: must be greater than or equal to 1, got 0"),
+    "infinite count": ([], "\n[sampling]\nn_max = inf\n", "sampling.n_max: expected a whole number, got inf"),
+    "no heads": ([('ansatze = ["made"]', 'ansatze = ["transformer"]'), ("d = 4, heads = 2", "d = 4, heads = 0")], "", "ansatz.transformer.sizes.xs.heads: must be greater than or equal to 1, got 0"),
+    "size missing for one ansatz": ([('ansatze = ["made"]', 'ansatze = ["made", "retnet"]'), ('sizes = ["xs"]', 'sizes = ["q"]'), ("s = { width = 8 }", "q = { width = 9 }")], "", "ansatz.retnet.sizes.q: missing; sizes of this ansatz; allowed xs, s"),
+    "phase of an unknown size": ([("[phase]\nwidth = 4", "[phase]\nwidth = 4\nsizes = { xl = { width = 5 } }")], "", "phase.sizes.xl: unknown size"),
+    "variant of a phase of an unknown size": ([], "\n[variants.v.phase.sizes]\nxl = { width = 5 }\n", "variants.v.phase.sizes.xl: unknown size; allowed xs"),
+    "variant on an unknown axis": ([], '\n[variants.v]\nphase.width = 9\nonly = { molecule = ["H2"] }\n', 'variants.v.only.molecule: unknown key, did you mean "molecules"?'),
+    "variant with an axis": ([], "\n[variants.v]\nseeds = [4]\n", "variants.v.seeds: unknown key"),
+    "variant of no cell": ([], "\n[variants.v]\nphase.width = 9\nonly = []\n", "variants.v.only: expected an entry, got []"),
+    "variant of other variants' cells": ([], '\n[variants.v]\nphase.width = 9\nonly = { variants = ["base"] }\n', "variants.v.only: chooses no cell of the study"),
+    "two variants alike": ([], "\n[variants.v]\nphase.width = 9\n[variants.w]\nphase.width = 9\n", "duplicate point"),
+    "hold-out of a string": ([], '\n[holdout]\nmolecules = "H2"\n', "holdout.molecules: expected a list, got 'H2'"),
     "broken TOML": ([("seeds = [0]", "seeds = [0")], "", "not valid TOML: "),
     "warm-up and cool-down overlap": ([("learning_rate = 1e-2", 'schedule = "cooldown"\nwarmup_fraction = 0.9')], "", "train.warmup_fraction: warm-up and cool-down together exceed the run"),
 }  # fmt: skip
@@ -433,6 +530,9 @@ def write_malformed(name: str, folder: Path, write_spec: WriteSpec) -> Path:
     (folder / "short.xyz").write_text("2\n\nH 0 0 0\n", encoding="utf-8")
     (folder / "good").write_text(FCIDUMP, encoding="utf-8")
     (folder / "uhf").write_text(FCIDUMP.replace("ISYM=1,", "ISYM=1, IUHF=1,"), encoding="utf-8")
+    (folder / "cut").write_text(FCIDUMP.replace("-1.0 1 1 0 0", ""), encoding="utf-8")
+    (folder / "broken").write_text(FCIDUMP.replace("-1.0 1 1 0 0", "-1.0 1"), encoding="utf-8")
+    (folder / "large").write_text(FCIDUMP.replace("NORB=  4", "NORB= 32"), encoding="utf-8")
     (folder / "binary.xyz").write_bytes(bytes(range(128, 256)))
     changes, add, _ = MALFORMED[name]
     return write_spec(*changes, add=add)
@@ -505,9 +605,7 @@ def test_spec_of_the_readme_is_a_study(tmp_path: Path) -> None:
     text = (SPECS.parent / "README.md").read_text(encoding="utf-8")
     (block,) = [part.split("```")[0] for part in text.split("```toml\n")[1:] if part.startswith("study = ")]
     path = tmp_path / "mine.toml"
-    path.write_text(
-        block.replace('study = "mine"', f'study = "mine"\nmolecules_file = "{SPECS}/molecules.toml"')
-    )
+    path.write_text(block, encoding="utf-8")  # no molecules.toml beside it: the package's own
     study = load_study(path)
     assert len(study.points) == 2 * 2 * 2 * 2 * 2 + 2 * 2 * 2
     rates = {(p.ansatz.name, p.size): p.train.learning_rate for p in study.points}

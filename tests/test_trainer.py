@@ -132,7 +132,10 @@ def test_small_memory_budget_changes_only_rounding(monkeypatch: pytest.MonkeyPat
 
 
 def test_records_say_what_happened() -> None:
-    point = make_point(steps=10, train=TrainSpec(learning_rate=2e-3, annealing_lambda=0.1, clip=0.5))
+    changing = TrainSpec(
+        learning_rate=2e-3, schedule="cosine", warmup_fraction=0.3, annealing_lambda=0.1, clip=0.5
+    )
+    point = make_point(steps=10, train=changing)
     records = list(train(point, molecule("LiH")))
     assert [r.step for r in records] == list(range(1, 11))
     for step, record in enumerate(records):
@@ -143,6 +146,25 @@ def test_records_say_what_happened() -> None:
         assert record.variance > 0
         assert record.grad_norm > 0
         assert record.flops_executed > 0
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_first_step_is_adams_with_the_clipped_gradient(clip: float) -> None:
+    """Moments (1 - beta) g and (1 - beta) g^2, and a move of -rate g / (|g| + eps), by hand."""
+    settings = TrainSpec(learning_rate=3e-3, warmup_fraction=0.5, beta1=0.8, beta2=0.95, eps=1e-5, clip=clip)
+    run = train(make_point(precision="float64", train=settings), molecule("LiH"))
+    before = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    record = run.advance()
+    assert 0 < record.learning_rate < 3e-3
+    gradient = {n: run.optimiser.state[w]["exp_avg"] / (1 - 0.8) for n, w in run.weights.items()}
+    norm = torch.cat([g.reshape(-1) for g in gradient.values()]).norm().item()
+    assert norm == pytest.approx(min(clip, record.grad_norm) if clip else record.grad_norm, rel=1e-4)
+    for name, weight in run.weights.items():
+        g = gradient[name]
+        second = run.optimiser.state[weight]["exp_avg_sq"]
+        torch.testing.assert_close(second, (1 - 0.95) * g**2, rtol=1e-9, atol=0)
+        moved = before[name] - record.learning_rate * g / (g.abs() + 1e-5)
+        torch.testing.assert_close(weight.detach(), moved, rtol=0, atol=1e-10)
 
 
 def test_collapsed_run_is_not_hidden() -> None:

@@ -22,7 +22,7 @@ from replicate.spec.models import (
     UserError,
     VScoreSpec,
 )
-from replicate.spec.table import molecule_by_name
+from replicate.spec.table import molecule_by_name, shared_table
 
 __all__ = [
     "ANSATZ_ENTRY_POINTS",
@@ -46,4 +46,5 @@ __all__ = [
     "load_study",
     "molecule_by_name",
     "molecule_from_file",
+    "shared_table",
 ]

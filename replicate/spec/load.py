@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from replicate.spec.models import (
     registered_kinds,
 )
 from replicate.spec.problems import findings, show, suggest
-from replicate.spec.table import build_molecule, read_table
+from replicate.spec.table import build_molecule, read_table, shared_table
 
 AXES = ("molecules", "ansatze", "sizes", "steps", "variants", "seeds")
 SECTIONS: dict[str, type[Model]] = {
@@ -53,7 +53,9 @@ SECTIONS: dict[str, type[Model]] = {
 }
 SCALARS = ("local_energy", "order", "precision", "hamiltonian_threshold", "memory_budget_mb")
 _RESERVED = ("kind", "sizes", "phase", "train", "learning_rate")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_LABEL_RULE = "allowed at most 100 letters, digits and _ . + -"
+_MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class _Loader:
     def __init__(self, shown: str, text: str, raw: Table) -> None:
         self.shown, self.text = shown, text
         self.problems: dict[str, None] = {}  # an ordered set: cells share mistakes
+        self.broken: set[str] = set()  # top-level keys whose value is replaced by something harmless
         self.file = self._top_level(raw)
         self.overlays: dict[str, Table] = {"base": {}}
         self.only: dict[str, tuple[Selector, ...]] = {}
@@ -130,8 +133,8 @@ class _Loader:
         except ValidationError as error:
             for key, problem in findings(StudyFile, error):
                 self.add(key, problem)
-            broken = {str(detail["loc"][0]) for detail in error.errors()}
-            kept = {key: value for key, value in raw.items() if key not in broken}
+            self.broken = {str(detail["loc"][0]) for detail in error.errors()}
+            kept = {key: value for key, value in raw.items() if key not in self.broken}
             return StudyFile(**{**harmless, **kept})
 
     # -- the road from file to points --------------------------------------------------------------
@@ -139,7 +142,7 @@ class _Loader:
     def study(self) -> Study:
         file = self.file
         if not _LABEL.fullmatch(file.study):
-            self.add("study", f"{show(file.study)} is not a folder name; allowed letters, digits and _ . + -")
+            self.add("study", f"{show(file.study)} is not a folder name; {_LABEL_RULE}")
         self._variants()
         axes: dict[str, tuple[Any, ...]] = {
             "molecules": file.molecules,
@@ -153,9 +156,9 @@ class _Loader:
             key = "train.steps" if axis == "steps" else axis
             for label in dict.fromkeys(x for x in labels if labels.count(x) > 1):
                 self.add(key, f"{show(label)} is listed twice; every label once")
-            for label in labels:
-                if isinstance(label, str) and label and not _LABEL.fullmatch(label):
-                    self.add(key, f"{show(label)} is not a label; allowed letters, digits and _ . + -")
+            for label in labels if axis not in self.broken else ():
+                if isinstance(label, str) and not _LABEL.fullmatch(label):
+                    self.add(key, f"{show(label)} is not a label; {_LABEL_RULE}")
         self._selectors(axes)
         cells = self._cells(axes, self.file.holdout.cells, "holdout.cells")
         self._holdout_labels(axes)
@@ -198,6 +201,8 @@ class _Loader:
             wrong = [s for s in steps if not isinstance(s, int) or isinstance(s, bool) or s < 1]
             for value in wrong:
                 self.add("train.steps", f"must be whole numbers >= 1, got {show(value)}")
+            for value in (s for s in steps if s not in wrong and s > _MOST_STEPS):
+                self.add("train.steps", f"{value} exceeds {_MOST_STEPS:.0e}; a number of every step is kept")
             if not wrong:
                 return tuple(steps)
         return (1,)
@@ -205,8 +210,6 @@ class _Loader:
     def _variants(self) -> None:
         for name, table in self.file.variants.items():
             key = f"variants.{name}"
-            if not _LABEL.fullmatch(name):
-                self.add(key, "not a label; allowed letters, digits and _ . + -")
             overlay = self._expand(dict(table), key)
             only = overlay.pop("only", None)
             if only is not None:
@@ -270,7 +273,10 @@ class _Loader:
 
     def _selectors(self, axes: Mapping[str, tuple[Any, ...]]) -> None:
         for name in self.only:
-            self.only[name] = self._cells(axes, self.only[name], f"variants.{name}.only")
+            raw: Any = self.only[name]
+            if raw == []:
+                self.add(f"variants.{name}.only", "expected an entry, got []; without cells nothing runs")
+            self.only[name] = self._cells(axes, raw, f"variants.{name}.only")
 
     def _holdout_labels(self, axes: Mapping[str, tuple[Any, ...]]) -> None:
         for axis in ("molecules", "sizes", "steps"):
@@ -281,9 +287,12 @@ class _Loader:
     def _molecules(self) -> dict[str, MoleculeSpec]:
         """The molecules of the axis: the spec's own tables win over the shared ones."""
         folder = Path(self.shown).parent
-        shared_path = folder / self.file.molecules_file
+        named = self.file.molecules_file
+        shared_path = shared_table(folder) if named is None else folder / named
         shared: dict[str, Table] = {}
-        if not all(name in self.file.molecule for name in self.file.molecules):
+        if self.broken & {"molecule", "molecules"}:
+            return {}
+        if not all(name in self.file.molecule for name in filter(None, self.file.molecules)):
             try:
                 shared = read_table(shared_path)
             except UserError as error:
@@ -387,8 +396,8 @@ class _Loader:
                 self.add(path, f"expected a table, got {show(table)}")
                 return
             for key, value in table.items():
-                if (section, key) in (("phase", "sizes"), ("train", "steps")) and path.endswith(section):
-                    continue
+                if f"{path}.{key}" in (f"{prefix}phase.sizes", f"{prefix}train.steps"):
+                    continue  # an axis, and the layer that follows
                 merged[key], where[key] = value, f"{path}.{key}"
 
         for prefix, root, table, cell in layers:
@@ -428,8 +437,13 @@ class _Loader:
                     self.add(key, problem)
 
     def _unused_overlays(self) -> None:
-        """Ansatze and sizes that a variant names must exist, or its change would silently do nothing."""
+        """Ansatze and sizes that a layer names must exist, or its change would silently do nothing."""
+        known = set(self.file.sizes)
+        for table in self.file.ansatz.values():
+            known |= set(table["sizes"]) if isinstance(table.get("sizes"), dict) else set()
+        self._unknown_sizes(self.file.phase, "phase.sizes", sorted(known))
         for variant, overlay in self.overlays.items():
+            self._unknown_sizes(overlay.get("phase", {}), f"variants.{variant}.phase.sizes", self.file.sizes)
             for ansatz, table in overlay.get("ansatz", {}).items():
                 key = f"variants.{variant}.ansatz.{ansatz}"
                 if ansatz not in self.file.ansatz:
@@ -443,6 +457,12 @@ class _Loader:
                 for size in sizes if isinstance(sizes, dict) else ():
                     if size not in self.file.sizes:
                         self.add(f"{key}.sizes.{size}", f"unknown size{suggest(size, self.file.sizes)}")
+
+    def _unknown_sizes(self, phase: Any, key: str, known: Iterable[str]) -> None:
+        sizes = phase.get("sizes", {}) if isinstance(phase, dict) else {}
+        for size in sizes if isinstance(sizes, dict) else ():
+            if size not in known:
+                self.add(f"{key}.{size}", f"unknown size{suggest(size, known)}")
 
     # -- points ------------------------------------------------------------------------------------
 
@@ -474,6 +494,10 @@ class _Loader:
     def _check_points(self, study: Study) -> None:
         if not study.points:
             self.add("variants", "no cell is left to run; widen `only`")
+        run = {point.variant for point in study.points}
+        for variant in study.axes["variants"]:
+            if variant not in run and study.points:
+                self.add(f"variants.{variant}.only", "chooses no cell of the study; widen it")
         seen: dict[str, Point] = {}
         for point in study.points:
             first = seen.setdefault(point.id, point)

@@ -31,6 +31,11 @@ MAX_SPIN_ORBITALS = 62
 """A determinant is one signed 64-bit key with two bits per orbital (DESIGN section 2)."""
 
 
+BOHR_IN_ANGSTROM = 0.529177210903  # CODATA 2018
+CLOSEST_ATOMS = 0.1
+"""Bohr: nuclei closer than this are a mistake; their basis functions are linearly dependent."""
+
+
 class UserError(Exception):
     """A mistake in what the user gave us: every problem is one line that says where it is and what to do."""
 
@@ -65,7 +70,8 @@ def _tuples(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Width = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=10**6)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the cube's labels are int64
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -95,7 +101,7 @@ class MoleculeSpec(Model):
     fcidump: str | None = None
     content_sha256: str | None = None
     unit: Literal["angstrom", "bohr"] = "angstrom"
-    basis: str = "sto-3g"
+    basis: Annotated[str, Field(min_length=1)] = "sto-3g"
     charge: int = 0
     multiplicity: Annotated[int, Field(ge=1)] = 1
     degenerate: Literal["generic", "aligned"] = "generic"  # frame of degenerate orbitals: see replicate.scf
@@ -116,7 +122,7 @@ class MoleculeSpec(Model):
         if given != ["atoms"] and self.content_sha256 is None:
             raise ValueError(f"{given[-1]}: files are read by load_study and molecule_from_file")
         self._check_atoms()
-        basis_orbitals = self._minimal_basis()
+        basis_orbitals = self.minimal_basis
         if basis_orbitals and self.spin_orbitals and self.spin_orbitals != 2 * basis_orbitals:
             raise ValueError(
                 f"spin_orbitals: {self.spin_orbitals} given, but {self.basis} has {2 * basis_orbitals} here"
@@ -134,8 +140,12 @@ class MoleculeSpec(Model):
             if symbol not in ATOMIC_NUMBER:
                 raise ValueError(f"atoms: unknown element {symbol!r}; allowed H to Kr by symbol")
             for j, (_, *other) in enumerate((self.atoms or ())[:i]):
-                if math.dist(position, other) < 1e-3:
-                    raise ValueError(f"atoms: atoms {j + 1} and {i + 1} are at the same place")
+                distance = math.dist(position, other) / (1.0 if self.unit == "bohr" else BOHR_IN_ANGSTROM)
+                if distance < CLOSEST_ATOMS:
+                    raise ValueError(
+                        f"atoms: atoms {j + 1} and {i + 1} are {distance:.2g} bohr apart, at least "
+                        f"{CLOSEST_ATOMS} is needed; is `unit` right?"
+                    )
 
     def _check_spin(self) -> None:
         electrons, n = self.n_electrons, self.n_spin_orbitals
@@ -154,7 +164,8 @@ class MoleculeSpec(Model):
                 f"{orbitals} orbitals; allowed {', '.join(map(str, allowed))}"
             )
 
-    def _minimal_basis(self) -> int | None:
+    @property
+    def minimal_basis(self) -> int | None:
         """Orbitals of the STO-3G basis, the one whose size is known without a chemistry program."""
         if self.atoms is None or self.basis.lower().replace("-", "") != "sto3g":
             return None
@@ -164,7 +175,7 @@ class MoleculeSpec(Model):
     @cached_property
     def n_spin_orbitals(self) -> int | None:
         """n, or None where only a chemistry program can tell."""
-        minimal = self._minimal_basis()
+        minimal = self.minimal_basis
         return 2 * minimal if minimal else self.spin_orbitals
 
     @property
@@ -389,13 +400,11 @@ class StudyFile(Model):
 
     study: str
     title: str = ""
-    molecules_file: str = "molecules.toml"
+    molecules_file: str | None = None  # default: molecules.toml beside the spec, else the package's own
     molecules: Names
     ansatze: Names
     sizes: Names
-    seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuples), Field(min_length=1)
-    ] = (0,)
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_tuples), Field(min_length=1)] = (0,)
     molecule: dict[str, Table] = {}
     ansatz: dict[str, Table]
     phase: Table = {}
@@ -427,13 +436,13 @@ class Point(Model):
     local_energy: Literal["exact", "paper", "sampled"] = "exact"
     train: TrainSpec = TrainSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    hamiltonian_threshold: NonNegative = 1e-8
+    hamiltonian_threshold: Annotated[float, Field(ge=0.0, le=0.01)] = 1e-8
     order: Literal["reversed", "energy"] = "reversed"
     precision: Literal["float32", "float64"] = "float32"
     memory_budget_mb: Count = 1024
     size: str = ""
     variant: str = "base"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     steps: Annotated[int, Field(ge=1)]
 
     def labels(self) -> dict[str, Any]:

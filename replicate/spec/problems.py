@@ -27,13 +27,15 @@ _EXPECTED = {
     "model_type": "a table",
     "finite_number": "a finite number",
     "too_short": "an entry",
+    "string_too_short": "a name",
 }
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """`, did you mean "width"?` where something close is allowed, and what is allowed."""
     allowed = list(allowed)
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    folded = {other.casefold(): other for other in reversed(allowed)}
+    close = [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)]
     hint = f', did you mean "{close[0]}"?' if close else ""
     return f"{hint}; allowed {', '.join(allowed)}" if allowed else f"{hint}; none is allowed"
 

@@ -11,6 +11,19 @@ from replicate.spec.files import fill_from_file, read_text
 from replicate.spec.models import MoleculeSpec, UserError
 from replicate.spec.problems import explain, show, suggest
 
+_PACKAGE = Path(__file__).parents[1]
+
+
+def shared_table(folder: Path) -> Path:
+    """The molecule table that is meant where none is named: the folder's own, else the one of this package.
+
+    The latter is specs/molecules.toml of a checkout, or its copy in an installed package.
+    """
+    places = (folder, _PACKAGE / "specs", _PACKAGE.parent / "specs")
+    tables = [place / "molecules.toml" for place in places]
+    return next((table for table in tables if table.is_file()), tables[0])
+
+
 # Known of a molecule as it stands in the table, not of one with another charge, spin or basis.
 _KNOWN = ("reference", "unique_flips")
 
