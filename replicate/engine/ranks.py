@@ -56,6 +56,9 @@ def sweep_on_ranks(
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise UserError(f"--device cuda: local rank {local}, but this machine has {gpus} GPUs; lower K")
+    if os.environ["RANK"] != "0":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the first rank decides; a launcher signals all
     group = ranks.join(device)
     if group.first:
         engine = RanksEngine(options, group)
@@ -72,8 +75,6 @@ def _serve(group: Group, device: str, store: Store) -> None:
     from replicate.ranks import RankLostError, leave
     from replicate.run import run_point
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the first rank decides; a launcher signals all
     try:
         while True:
             point: Point | None = group.share(lambda: None)
