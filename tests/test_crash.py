@@ -78,7 +78,9 @@ def strike(process: subprocess.Popen[bytes], store: Store, random: np.random.Gen
         return
     while process.poll() is None:
         for folder in (store.points, store.root):
-            for file in os.scandir(folder):
+            with os.scandir(folder) as scan:
+                files = list(scan)
+            for file in files:
                 if what in file.name and file.name.endswith(".tmp"):
                     time.sleep(random.uniform(0.0, 0.01))
                     return

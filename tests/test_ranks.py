@@ -114,9 +114,12 @@ def tolerance(case: str) -> float:
 
 def assert_same_flops(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Every determinant counts once. What more there is: paths to the ranks' first determinants, and a block
-    that is not full per rank; a tenth of these few hundred prefixes, nothing of many thousands."""
+    that is not full per rank; a tenth of these few hundred prefixes, nothing of many thousands. What less:
+    shares of the pairs of samples leave out more of the triangle that mirrors the other."""
     one, both = ([r["flops_executed"] for r in run["records"]] for run in (expected, found))
-    assert all(a <= b < 1.25 * a for a, b in zip(one, both, strict=True))
+    ratios = [b / a for a, b in zip(one, both, strict=True)]
+    assert min(ratios) > 0.9, ratios
+    assert max(ratios) < 1.25, ratios
 
 
 def assert_goes_on_alone(case: str, checkpoint: Path, expected: dict[str, Any]) -> None:

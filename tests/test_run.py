@@ -210,8 +210,10 @@ def run_study(path: Path, artifacts: Path, *arguments: str) -> subprocess.Comple
 def test_sweep_trains_each_point_once_and_survives_a_failing_one(
     write_spec: WriteSpec, tmp_path: Path
 ) -> None:
-    """Two of four points cannot be read: the others are trained, the status is 1, retries are explicit."""
-    (tmp_path / "broken").write_text("&FCI NORB=2,NELEC=2,MS2=0 &END\n 0.5 9 9 9 9\n", encoding="utf-8")
+    """Two of four points overflow: the others are trained, the status is 1, retries are explicit."""
+    (tmp_path / "broken").write_text(
+        "&FCI NORB=2,NELEC=2,MS2=0 &END\n 1e308 1 1 1 1\n 1e308 2 2 1 1\n 1e308 1 1 0 0\n", encoding="utf-8"
+    )
     path = write_spec(
         ('molecules = ["H2"]', 'molecules = ["bad", "H2"]'),
         ('sizes = ["xs"]', 'sizes = ["xs", "s"]'),
