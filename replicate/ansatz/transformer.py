@@ -18,6 +18,9 @@ from replicate.tree import START, SYMBOLS, Blocks, PrefixTree, tokens_of
 # of matrix products; 16 was the fastest on a CPU among 8, 16, 32 and 64 (forward and backward).
 BLOCK_WIDTH = 16
 
+# Nodes per gather from the key-value cache: its result should stay in the cache of the processor.
+CACHE_ROWS = 2048
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": functional.gelu}
 Mix = Callable[[Tensor], Tensor]  # (rows, 3d) queries, keys, values -> (rows, d): attention in some layout
 
@@ -74,7 +77,7 @@ class Transformer(nn.Module):
             raise ValueError(f"norm: {norm!r} is not one of post, pre")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        self.sector, self.heads, self.d = sector, heads, d
+        self.sector, self.heads, self.d, self.depth = sector, heads, d, layers
         self.token = nn.Embedding(SYMBOLS, d)
         self.position = nn.Embedding(sector.n_orbitals, d)
         self.layers = nn.ModuleList(TransformerLayer(d, ff, norm, activation) for _ in range(layers))
@@ -121,23 +124,39 @@ class Transformer(nn.Module):
         return logits.view(batch, length, TOKENS)
 
     def advance(self, level: Level, state: State) -> tuple[Tensor, State]:
-        """One level of the growing tree, key-value cache carried: state[l] is (nodes, tokens, 2d)."""
+        """One level of the growing tree, key-value cache carried.
+
+        `state`: int64 (nodes, tokens), places of each node and its ancestors in the caches, then one cache
+        per layer, (nodes so far, 2d): nothing is copied from parents to children.
+        """
         x = self.token(level.symbol) + self.position.weight[level.index]
-        caches: list[Tensor] = []
+        nodes = x.shape[0]
+        before, *caches = state or (
+            level.parent.new_zeros((1, 0)),
+            *[x.new_zeros((0, 2 * self.d))] * self.depth,
+        )
+        own = torch.arange(nodes, device=x.device) + caches[0].shape[0]
+        places = torch.cat([before.index_select(0, level.parent), own.unsqueeze(1)], dim=1)
+        grown: list[Tensor] = []
 
         def attend(qkv: Tensor) -> Tensor:
-            nodes, d = qkv.shape[0], self.d
-            fresh = qkv[:, None, d:]
-            if level.index:
-                fresh = torch.cat([state[len(caches)].index_select(0, level.parent), fresh], dim=1)
-            caches.append(fresh)
-            query = qkv[:, :d].view(nodes, self.heads, 1, d // self.heads)
-            parts = fresh.view(nodes, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-            return functional.scaled_dot_product_attention(query, parts[0], parts[1]).reshape(nodes, d)
+            cache = torch.cat([caches[len(grown)], qkv[:, self.d :]])
+            grown.append(cache)
+            parts = zip(qkv[:, : self.d].split(CACHE_ROWS), places.split(CACHE_ROWS), strict=True)
+            return torch.cat(
+                [self._attend_cache(query, functional.embedding(p, cache)) for query, p in parts]
+            )
 
         for layer in self.layers:
             x = layer(x, attend)
-        return self.head(x), tuple(caches)
+        return self.head(x), (places, *grown)
+
+    def _attend_cache(self, query: Tensor, keys_values: Tensor) -> Tensor:
+        """Queries (rows, d) on the (rows, tokens, 2d) keys and values of their own paths: (rows, d)."""
+        rows, d = query.shape
+        parts = keys_values.view(rows, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        query = query.view(rows, self.heads, 1, d // self.heads)
+        return functional.scaled_dot_product_attention(query, parts[0], parts[1]).reshape(rows, d)
 
 
 def normal_init(module: nn.Module, std: float) -> None:
