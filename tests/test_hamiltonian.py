@@ -111,6 +111,7 @@ def test_threshold_only_drops_what_is_small() -> None:
     }
     ham = mol.hamiltonian
     strings = zip(ham.string_flips, ham.z_masks, ham.weights, strict=True)
+    # A string whose integrals cancel is not among the exact ones; dropping one of them leaves the other.
     assert max(abs(w - kept.get((int(f), int(z)), 0.0)) for f, z, w in strings) < 3e-8
 
 
