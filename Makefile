@@ -23,11 +23,11 @@ STAMP = $(VENV)/.installed
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
     if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done
 
-.PHONY: help setup lock replicate figures test test-slow lint bench bench-gate smoke
+.PHONY: help setup lock replicate figures test test-processes test-slow lint bench bench-gate smoke
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "targets: setup replicate figures test test-slow lint bench bench-gate smoke lock"
+	@echo "targets: setup replicate figures test test-processes test-slow lint bench bench-gate smoke lock"
 
 setup: $(STAMP)
 
@@ -72,6 +72,10 @@ smoke:
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
+
+# Sweeps, clusters and ranks as processes of their own.
+test-processes: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "processes and not slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow

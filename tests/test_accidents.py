@@ -28,6 +28,8 @@ from replicate.scaling import table
 from replicate.spec import CheckpointSpec, Study, load_study
 from replicate.store import Store, StoreError
 
+pytestmark = pytest.mark.processes
+
 WriteSpec = Callable[..., Path]
 
 

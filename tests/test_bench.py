@@ -25,6 +25,8 @@ from benchmarks.cases import point  # noqa: E402
 from benchmarks.counting import count_flops, watch  # noqa: E402
 from benchmarks.worker import quick_benchmarks  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 PASSED, REGRESSION, BROKEN = 0, 3, 4
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
 STEP = r"Step.*\(H2O, transformer, small, whole\)"

@@ -17,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xarray as xr
 
 from replicate.spec import load_study
 from replicate.store import Store
+
+pytestmark = pytest.mark.processes
 
 WriteSpec = Callable[..., Path]
 ROOT = Path(__file__).parent.parent

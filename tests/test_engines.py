@@ -24,6 +24,8 @@ from replicate.spec import Study, UserError, load_study
 from replicate.store import Store
 from replicate.verify import NOT_COMPARED
 
+pytestmark = pytest.mark.processes
+
 WriteSpec = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 SEVERAL = [

@@ -29,6 +29,8 @@ from replicate.spec import load_study
 from replicate.store import Store
 from replicate.trainer import Checkpoint
 
+pytestmark = pytest.mark.processes
+
 WriteSpec = Callable[..., Path]
 TESTS = Path(__file__).parent
 

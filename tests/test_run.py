@@ -207,6 +207,7 @@ def run_study(path: Path, artifacts: Path, *arguments: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.processes
 def test_sweep_trains_each_point_once_and_survives_a_failing_one(
     write_spec: WriteSpec, tmp_path: Path
 ) -> None:
@@ -263,6 +264,7 @@ LONG = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
@@ -313,6 +315,7 @@ def test_killed_worker_costs_one_point(write_spec: WriteSpec, tmp_path: Path) ->
     )
 
 
+@pytest.mark.processes
 def test_two_sweeps_share_the_work(write_spec: WriteSpec, tmp_path: Path) -> None:
     path = write_spec(("steps = [3]", "steps = [100]"), ("seeds = [0]", "seeds = [0, 1, 2, 3, 4, 5]"))
     with start(path, tmp_path / "artifacts") as first, start(path, tmp_path / "artifacts") as second:
