@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from replicate.energy import v_score
 from replicate.plan import count_parameters
-from replicate.run import FINAL, HISTORY, record_grid
+from replicate.records import FINAL, HISTORY, record_grid
 from replicate.spec import SCHEMA, MoleculeSpec, Point, Study, UserError, VScoreSpec
-from replicate.store import Store, replacing
+from replicate.store import Store, Stored, replacing
 
 DIMS = ("molecule", "ansatz", "size", "steps", "variant", "seed")
 CUBE_SCHEMA = 1
@@ -35,7 +34,7 @@ AXIS_NAMES = {
     "variant": "what an ablation changes, base is the study itself",
     "seed": "root seed of the run",
 }
-# Copied from the point files; the rest of /final is derived here.
+# Copied from the point files; the rest of /final is derived from these and a few more.
 COPIED = (
     "energy",
     "energy_stderr",
@@ -79,6 +78,10 @@ PARTS = (
         "wall time of a part of the step, summed over training",
     ),
 )
+# What is read of a point file.
+NUMBERS = (*COPIED, "valid", "exact", "n_modulus", "n_phase", *(f"history_{name}" for name in HISTORY))
+TEXTS = ("molecule", "provenance", *(attribute for _, _, attribute, *_ in PARTS))
+
 MOLECULE: dict[str, tuple[str, str]] = {
     "n_spin_orbitals": ("1", "spin-orbitals, qubits n"),
     "n_alpha": ("1", "alpha electrons"),
@@ -93,6 +96,11 @@ MOLECULE: dict[str, tuple[str, str]] = {
     "e_inf_sector": ("hartree", "mean energy of the sector, Tr(H) / dimension"),
     "e_inf_identity": ("hartree", "coefficient of the identity string"),
 }
+
+
+def v_score(energy: float, variance: float, n_dof: int, e_inf: float) -> float:
+    """V = N_dof Var(H) / (E - E_inf)^2 (Wu et al., Science 386, 296 (2024)); energies in Hartree."""
+    return n_dof * variance / (energy - e_inf) ** 2
 
 
 def v_score_in(convention: VScoreSpec, molecule: Mapping[str, Any], energy: float, variance: float) -> float:
@@ -130,10 +138,11 @@ class _Cube:
             final[name] = np.full(by_size, -1, np.int64)
         return cls(study, final, history)
 
-    def add(self, point: Point, data: xr.Dataset) -> None:
+    def add(self, point: Point, stored: Stored) -> None:
         """Take in one stored point."""
+        data = stored.values
         at = self.study.index(point)
-        molecule = json.loads(data.attrs["molecule"])
+        molecule = json.loads(stored.attrs["molecule"])
         known = self.molecules.setdefault(point.molecule.name, molecule)
         if known["hamiltonian_sha256"] != molecule["hamiltonian_sha256"]:
             raise UserError(
@@ -155,12 +164,12 @@ class _Cube:
         self.final["n_modulus"][where] = int(data["n_modulus"])
         self.final["n_phase"][where] = int(data["n_phase"])
         for name in HISTORY:
-            values = data[f"history_{name}"].values
+            values = data[f"history_{name}"]
             self.history[name][at][: len(values)] = values
-        self.origins[data.attrs["provenance"]] += 1
+        self.origins[stored.attrs["provenance"]] += 1
         for variable, _, attribute, *_ in PARTS:
             found = self.parts.setdefault(variable, {})
-            for name, value in json.loads(data.attrs.get(attribute, "{}")).items():
+            for name, value in json.loads(stored.attrs.get(attribute, "{}")).items():
                 if name != "total":
                     found.setdefault(name, np.full(self.final["status"].shape, np.nan))[at] = value
 
@@ -173,7 +182,7 @@ def collect(study: Study, store: Store) -> xr.DataTree:
         cube.final["planned"][at] = 1
         cube.final["held_out"][at] = study.is_holdout(point)
         cube.final["point_id"][at] = point.id
-        data = store.read_point(point.id)
+        data = store.read_numbers(point.id, NUMBERS, TEXTS)
         if data is not None:
             cube.add(point, data)
         elif store.read_error(point.id) is not None:

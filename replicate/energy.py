@@ -1,4 +1,4 @@
-"""Local energies, their mean and variance, and the V-score (SCIENCE.md sections 4 and 5).
+"""Local energies, their mean and variance (SCIENCE.md section 4).
 
 E_loc(x) = sum_x' <x|H|x'> psi(x') / psi(x). Three modes give it: `exact` evaluates each distinct determinant
 once, `paper` makes B * M forward passes and reuses nothing (what the study's FLOP estimates assume),
@@ -41,11 +41,6 @@ def energy_stats(local: Tensor, weight: Tensor) -> EnergyStats:
     deviation = local - energy
     variance = (weight * (deviation.real**2 + deviation.imag**2)).sum()
     return EnergyStats(energy, variance)
-
-
-def v_score(energy: float, variance: float, n_dof: int, e_inf: float) -> float:
-    """V = N_dof Var(H) / (E - E_inf)^2 (Wu et al., Science 386, 296 (2024)); energies in Hartree."""
-    return n_dof * variance / (energy - e_inf) ** 2
 
 
 @dataclass(frozen=True)

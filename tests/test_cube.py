@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from math import comb
 from pathlib import Path
@@ -233,3 +235,16 @@ def test_cube_of_another_schema_is_refused(study: Study, store: Store, tmp_path:
     cube.write_cube(tree, tmp_path / "cube.nc")
     with pytest.raises(UserError, match=r"cube of schema 2; this version reads 1: collect it again"):
         cube.read_cube(tmp_path / "cube.nc")
+
+
+def test_collecting_loads_no_physics(study: Study, store: Store) -> None:
+    """Nor torch, which alone would take as long as hundreds of points."""
+    code = (
+        "import sys; from replicate.cli import main; main(['collect', *sys.argv[1:]]);"
+        "assert not {'torch', 'pyscf', 'openfermion'} & set(sys.modules)"
+    )
+    arguments = [study.path, "--artifacts", str(store.root.parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import KINDS, PARAMS, wave_function
 
+from replicate.cube import v_score
 from replicate.energy import (
     LOCAL_ENERGY,
     amplitudes,
     energy_stats,
     local_energies_dense,
     local_from_product,
-    v_score,
 )
 from replicate.hamiltonian import Kernel, matrix_elements_dense
 from replicate.sampler import sample_tree

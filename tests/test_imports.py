@@ -32,6 +32,7 @@ ORDER = [
     "regime",
     "memory",
     "trainer",
+    "records",
     "store",
     "plan",
     "run",
@@ -49,8 +50,8 @@ ONLY_IN = {
     "pyscf": {"scf"},
 }
 NEVER_AT_IMPORT = {
-    "torch": {"provenance", "spec", "flops", "store", "plan", "engine", "scaling", "cli"},
-    "xarray": {"provenance", "spec", "flops", "store", "plan", "engine", "cli"},
+    "torch": {"provenance", "spec", "flops", "records", "store", "plan", "engine", "cube", "scaling", "cli"},
+    "xarray": {"provenance", "spec", "flops", "records", "store", "plan", "engine", "cli"},
     "pyscf": set(ORDER) - {"scf"},
     "openfermion": set(ORDER),
 }

@@ -68,6 +68,63 @@ def test_point_comes_back_bit_for_bit(store: Store, warnings: list[str]) -> None
     assert warnings == []
 
 
+def test_numbers_of_a_point_are_those_of_the_whole(store: Store) -> None:
+    """The fast reader against the one that knows NetCDF; files that xarray wrote, of old, read alike."""
+    data = dataset().assign(small=((), np.int8(-3)), counts=("record", np.arange(5000, dtype=np.int32)))
+    data = data.assign(large=((), np.int64(2**53 - 1)), bad=((), np.nan))
+    data = data.assign_attrs(title="τ", molecule='{"a": 1}')
+    store.write_point(ID, data)
+    data.assign_attrs(point_id=OTHER).to_netcdf(store.point_path(OTHER), engine="netcdf4")
+    for point_id in (ID, OTHER):
+        whole = store.read_point(point_id)
+        numbers = store.read_numbers(point_id, map(str, data.variables), ["title", "molecule", "not there"])
+        assert whole is not None
+        assert numbers is not None
+        assert whole.identical(data.assign_attrs(point_id=point_id))
+        assert numbers.attrs == whole.attrs
+        assert numbers.values.keys() == set(whole.variables)
+        for name, variable in whole.variables.items():
+            np.testing.assert_array_equal(numbers.values[str(name)], variable.values)
+
+
+def read_all(store: Store) -> object:
+    return store.read_point(ID)
+
+
+def read_numbers(store: Store) -> object:
+    return store.read_numbers(ID, map(str, dataset().variables), [])
+
+
+READERS = [read_all, read_numbers]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_readers_move_aside_what_they_cannot_read(
+    store: Store, warnings: list[str], read: Callable[[Store], object]
+) -> None:
+    """Cut anywhere, of another point, or not with all that is asked for."""
+    store.write_point(ID, dataset())
+    path, whole = store.point_path(ID), store.point_path(ID).read_bytes()
+    for keep in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        assert read(store) is None
+        assert not path.exists()
+    store.write_point(OTHER, dataset().assign_attrs(point_id=OTHER))
+    store.point_path(OTHER).rename(path)
+    assert read(store) is None
+    assert f"it holds point {OTHER}" in warnings[-1]
+    assert len(warnings) == len(list(store.points.glob("*.corrupt*"))) == 5
+    assert read(store) is None  # missing: nothing to say
+    assert len(warnings) == 5
+
+
+def test_point_without_what_a_cube_needs_is_moved_aside(store: Store, warnings: list[str]) -> None:
+    store.write_point(ID, dataset())
+    assert store.read_numbers(ID, ["energy", "no such variable"], []) is None
+    assert len(warnings) == 1
+    assert (store.points / f"{ID}.nc.corrupt").exists()
+
+
 def test_point_is_written_once(store: Store) -> None:
     store.write_point(ID, dataset(value=1.0))
     store.write_point(ID, dataset(value=2.0))
@@ -106,14 +163,17 @@ def test_truncated_point_is_moved_aside(store: Store, warnings: list[str], keep:
     assert store.status(ID).state == "missing"
 
 
-def test_flipped_bits_are_found_when_the_point_is_read(store: Store, warnings: list[str]) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_flipped_bits_are_found_when_the_point_is_read(
+    store: Store, warnings: list[str], read: Callable[[Store], object]
+) -> None:
     store.write_point(ID, dataset())
     path = store.point_path(ID)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2  # inside the compressed history
     data[middle : middle + 8] = bytes(byte ^ 0xFF for byte in data[middle : middle + 8])
     path.write_bytes(data)
-    assert store.read_point(ID) is None
+    assert read(store) is None
     assert len(warnings) == 1
 
 
