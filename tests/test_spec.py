@@ -439,6 +439,7 @@ MALFORMED: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "negative width": ([("[phase]\nwidth = 4", "[phase]\nwidth = -4")], "", "phase.width: must be greater than or equal to 1, got -4"),
     "negative seed": ([("seeds = [0]", "seeds = [-1]")], "", "seeds.0: must be greater than or equal to 0, got -1"),
     "unknown choice": ([("seeds = [0]", 'seeds = [0]\nlocal_energy = "exakt"')], "", "local_energy: 'exakt' is not allowed, did you mean \"exact\"?; allowed exact, paper, sampled"),
+    "passes per sample over a whole sector": ([], '\n[sampling]\nregime = "whole"\n[variants.paper]\nlocal_energy = "paper"\n', "variants.paper.local_energy: 'paper' makes its passes sample by sample, sampling.regime = 'whole' one over the sector"),
     "unknown schedule": ([("learning_rate = 1e-2", 'schedule = "cosin"')], "", "train.schedule: 'cosin' is not allowed, did you mean \"cosine\"?"),
     "unknown molecule": ([('molecules = ["H2"]', 'molecules = ["H3"]')], '\n[molecule.H3O]\natoms = [["H", 0, 0, 0]]\n', "molecules: unknown molecule 'H3', did you mean"),
     "unknown ansatz": ([('ansatze = ["made"]', 'ansatze = ["mode"]')], "", "ansatze: 'mode' has no table [ansatz.mode], did you mean \"made\"?"),

@@ -23,6 +23,8 @@ from pydantic import ValidationError
 
 from replicate.spec.files import read_text
 from replicate.spec.models import (
+    PAPER_WHOLE,
+    PAPER_WHOLE_PROBLEM,
     PARAMETERS,
     AnsatzSpec,
     CheckpointSpec,
@@ -370,6 +372,11 @@ class _Loader:
                 if scalar in root:
                     values[scalar] = root[scalar]
                     self._check_scalar(scalar, root[scalar], f"{prefix}{scalar}")
+        if (values["local_energy"], getattr(values["sampling"], "regime", None)) == PAPER_WHOLE:
+            said = [
+                p for p, root, *_ in layers if "local_energy" in root or "regime" in root.get("sampling", {})
+            ]
+            self.add(f"{said[-1]}local_energy", PAPER_WHOLE_PROBLEM)
         return values
 
     def _merge_params(

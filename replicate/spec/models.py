@@ -422,6 +422,13 @@ class StudyFile(Model):
     checkpoint: CheckpointSpec = CheckpointSpec()
 
 
+# The one pass over the sector gives every amplitude: no passes are left that `paper` could make per sample.
+PAPER_WHOLE = ("paper", "whole")
+PAPER_WHOLE_PROBLEM = (
+    "'paper' makes its passes sample by sample, sampling.regime = 'whole' one over the sector; "
+    'give regime = "tree" or leave it out'
+)
+
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -444,6 +451,12 @@ class Point(Model):
     variant: str = "base"
     seed: Seed = 0
     steps: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _whole_passes_are_for_samples(self) -> Self:
+        if (self.local_energy, self.sampling.regime) == PAPER_WHOLE:
+            raise ValueError(f"local_energy: {PAPER_WHOLE_PROBLEM}")
+        return self
 
     def labels(self) -> dict[str, Any]:
         """Position on every axis of the study, by name."""
