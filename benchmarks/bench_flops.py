@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from replicate import flops
@@ -21,11 +22,13 @@ PARTS = [
 COUNTS = ["modulus_parameters", "phase_parameters", "matmul_weights", "forward"]
 SAMPLING = [f"sampling_{convention}" for convention in ("passes", "cache", "recurrent")]
 PARAMETERS_ONLY = [f"{part}_from_parameters" for part in ("sampling", "local_energy_modulus", "total")]
-FORMS = [*COUNTS, *SAMPLING, *PARTS, *PARAMETERS_ONLY]
+FORMS = [*COUNTS, "recurrent", *SAMPLING, *PARTS, *PARAMETERS_ONLY, "attention"]
 
 
 def defined(ansatz: str, form: str) -> bool:
-    """Not every ansatz can sample in every way."""
+    """Not every ansatz can sample in every way, has attention (or retention), or a recurrent form."""
+    if form in ("attention", "recurrent"):
+        return ansatz in (("transformer", "retnet") if form == "attention" else ("retnet",))
     return form not in SAMPLING or form.removeprefix("sampling_") in flops.SAMPLING[ansatz]
 
 
@@ -48,7 +51,7 @@ class ClosedForm(Suite):
 
     def setup(self, cases: Any, name: str, ansatz: str, size: str, form: str) -> None:
         if not defined(ansatz, form):
-            raise NotImplementedError(f"{ansatz} does not sample this way")
+            raise NotImplementedError(f"{ansatz} has no {form}")
 
     def track_value(self, cases: Any, name: str, ansatz: str, size: str, form: str) -> int:
         molecule, shape = spec(name), SHAPES[size]
@@ -60,6 +63,8 @@ class ClosedForm(Suite):
         if form in SAMPLING:
             convention = form.removeprefix("sampling_")
             return flops.sampling_estimate(ansatz, params, n, convention=convention)
+        if form == "recurrent":
+            return flops.recurrent_estimate(params, n)
         functions = {
             "modulus_parameters": flops.modulus_parameters,
             "matmul_weights": flops.matmul_weights,
@@ -67,12 +72,9 @@ class ClosedForm(Suite):
         }
         if form in functions:
             return functions[form](ansatz, params, n)
-        parts = flops.estimate_sample(
-            ansatz,
-            params,
-            *phase,
-            n_qubits=n,
-            n_unique_flips=molecule.unique_flips,
-            attention=form not in PARAMETERS_ONLY,
+        estimate = partial(
+            flops.estimate_sample, ansatz, params, *phase, n_qubits=n, n_unique_flips=molecule.unique_flips
         )
-        return parts[form.removesuffix("_from_parameters")]
+        if form == "attention":  # what attention or retention takes of the total
+            return estimate()["total"] - estimate(attention=False)["total"]
+        return estimate(attention=form not in PARAMETERS_ONLY)[form.removesuffix("_from_parameters")]

@@ -102,7 +102,7 @@ def test_unchanged_code_passes_and_an_extra_evaluation_does_not(
     """A clean first commit has nothing to be compared with; every prefix evaluated twice changes counts."""
     status, output = bench_gate("--only", STEP)
     assert status == PASSED, output
-    assert "counts: 7 of 7 as expected" in output
+    assert "counts: 11 of 11 as expected" in output
     assert "there is no earlier commit" in output
 
     call = "self.network.tree_logits(tree)"
@@ -263,6 +263,12 @@ def test_expected_counts_are_those_of_the_suite() -> None:
             estimate = f"flops.ClosedForm.track_value({name}, {ansatz}, small, total)"
             unique = counts["step.Step.track_unique" + case]
             assert counts["step.Step.track_flops_estimated" + case] == unique * counts[estimate]
+    steps = {name.partition("(")[2] for name in counts if name.startswith("step.Step.")}
+    assert {case.rpartition(", ")[2] for case in steps} == {"whole)", "exact)", "sampled)", "paper)"}
+    for case in steps:
+        parts = ("sampling", "forward", "local_energy", "backward")
+        split = [counts[f"step.Step.track_flops_{part}({case}"] for part in parts]
+        assert sum(split) == counts[f"step.Step.track_flops_executed({case}"]
 
 
 def test_watching_counts_calls_from_outside_only() -> None:
