@@ -299,18 +299,22 @@ def flops(arguments: argparse.Namespace) -> int:
     if not record:
         _say("no point has a closed-form estimate")
         return DONE
-    header, rows = flops_table(record)
+    header, rows = flops_table(record, brief=arguments.format == "text")
     if arguments.format == "csv":  # for machines: every digit
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
         return DONE
     cells = [[cell if isinstance(cell, str) else _number(cell) for cell in row] for row in rows]
     if arguments.format == "markdown":
-        for line in (header, ["---", "---", *["---:"] * (len(header) - 2)], *cells):
+        words = header.index("samples")  # labels; numbers follow
+        for line in (header, [*["---"] * words, *["---:"] * (len(header) - words)], *cells):
             _say("| " + " | ".join(line) + " |")
         return DONE
-    short = header.index("FLOP/s") + 1  # the parts of the estimate follow; those of a run would not fit
-    wide = [i for i, name in enumerate(header) if i < short or name.startswith("estimated ")]
-    _table([header[i] for i in wide], [[line[i] for i in wide] for line in cells])
+    _table(header, cells)
+    _say()
+    _say(
+        f"{study.name}: unique samples, FLOP and seconds of whole runs (samples at the largest batch where a "
+        "point has not run); estimated, and its shares: nothing reused, M passes per sample"
+    )
     return DONE
 
 
@@ -465,7 +469,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("text", "markdown", "csv"),
         default="text",
-        help="markdown and csv also split executed FLOPs and seconds into parts (default: text)",
+        help="markdown and csv have FLOPs and seconds by part of a step (default: text)",
     )
     _only_argument(made)
 

@@ -17,6 +17,7 @@ ROW_SECONDS = 2e-6  # and of each determinant that is evaluated
 FLOP_PER_SECOND = 4e10  # of the matrix products of a prefix tree
 PREFIXES_PER_DETERMINANT = 0.65  # N2: 9 401 evaluated prefixes for 14 400 determinants
 CONNECTED_SHARE = 0.1  # distinct connected determinants over batch * M: most elements vanish or coincide
+LABELS = ("molecule", "ansatz", "size", "steps", "variant", "seed")  # of a point, in the order of the axes
 MEASURED_POINTS = 100  # done points that are opened to learn the speed of this machine
 
 
@@ -158,9 +159,11 @@ def plan_record(study: Study, store: Store) -> dict[str, Any]:
 def flops_record(points: Iterable[Point], store: Store) -> list[dict[str, Any]]:
     """The JSON of `flops --json`: per point the estimate in parts, executed FLOPs, their ratio and speed.
 
-    The estimate is from the recorded unique counts once a point has run, else at the largest batch; what only
-    a run can tell is None until then. `attention`: what attention or retention takes of the estimate. Points
-    of which nothing is known (an ansatz without closed form, an unknown M) are left out until they have run.
+    All of the whole run. `samples`: unique ones, summed over steps; the estimate is from their recorded
+    counts once a point has run, else at the largest batch; what only a run can tell is None until then.
+    `step_seconds`: wall time of the steps, without what is made once before them. `attention`: what attention
+    or retention takes of the estimate. Points of which nothing is known (an ansatz without closed form, an
+    unknown M) are left out until they have run.
     """
     rows: list[dict[str, Any]] = []
     for point in points:
@@ -174,7 +177,8 @@ def flops_record(points: Iterable[Point], store: Store) -> list[dict[str, Any]]:
             samples = point.steps * min(point.sampling.batch_max, point.molecule.search_space)
         else:
             continue
-        row: dict[str, Any] = {"id": point.id, "point": str(point), "parts": None, "attention": None}
+        labels = dict(zip(LABELS, point.labels().values(), strict=True))
+        row: dict[str, Any] = {"id": point.id, **labels, "samples": samples, "parts": None, "attention": None}
         if n is not None and flips is not None and count_parameters(point, n) is not None:
             row["parts"] = estimated_parts(point, n, flips, samples)
             rest = estimated_parts(point, n, flips, samples, attention=False)
@@ -183,18 +187,24 @@ def flops_record(points: Iterable[Point], store: Store) -> list[dict[str, Any]]:
             continue
         executed = seconds = None
         if data is not None:
-            executed, seconds = float(data["flops_executed"]), float(data["wall_seconds"])
             row["executed_parts"] = json.loads(data.attrs.get("flops_executed_parts", "{}"))
             row["wall_parts"] = json.loads(data.attrs.get("wall_parts", "{}"))
-        row["flops_executed"], row["wall_seconds"] = executed, seconds
+            executed = float(data["flops_executed"])
+            seconds = sum(row["wall_parts"].values()) or float(data["wall_seconds"])
+        row["flops_executed"], row["step_seconds"] = executed, seconds
         row["ratio"] = row["parts"]["total"] / executed if executed and row["parts"] else None
         row["flop_per_second"] = executed / seconds if executed and seconds else None
         rows.append(row)
     return rows
 
 
-def flops_table(record: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str | float | None]]]:
-    """`flops_record` as a table: FLOPs estimated and executed, seconds measured; in total, then by part."""
+def flops_table(
+    record: Iterable[dict[str, Any]], *, brief: bool = False
+) -> tuple[list[str], list[list[str | float | None]]]:
+    """`flops_record` as a table: FLOPs estimated and executed, seconds measured; in total, then by part.
+
+    `brief`: instead of the parts the three shares of the estimate in percent, for a screen's width.
+    """
     rows = list(record)
 
     def names(family: str) -> list[str]:
@@ -204,11 +214,18 @@ def flops_table(record: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[
     families = {"estimated": "parts", "executed": "executed_parts", "seconds": "wall_parts"}
     columns = [(label, family, name) for label, family in families.items() for name in names(family)]
     totals = ("estimated", "attention", "executed", "estimated/executed", "seconds", "FLOP/s")
+    shares = {"sampling": ("sampling",), "local energy": ("local",), "gradient": ("forward", "backward")}
     table: list[list[str | float | None]] = []
     for row in rows:
         estimated = row["parts"]["total"] if row["parts"] else None
-        kept = ("flops_executed", "ratio", "wall_seconds", "flop_per_second")
-        parts = [(row.get(family) or {}).get(name) for _, family, name in columns]
-        total = [estimated, row["attention"], *(row[name] for name in kept)]
-        table.append([row["id"], row["point"], *total, *parts])
-    return ["id", "point", *totals, *(f"{label} {name}" for label, _, name in columns)], table
+        kept = ("flops_executed", "ratio", "step_seconds", "flop_per_second")
+        line: list[str | float | None] = [str(row[name]) for name in ("id", *LABELS, "samples")]
+        line += [estimated, row["attention"], *(row[name] for name in kept)]
+        if not brief:
+            line += [(row.get(family) or {}).get(name) for _, family, name in columns]
+        for beginnings in shares.values() if brief else ():
+            part = sum(value for name, value in (row["parts"] or {}).items() if name.startswith(beginnings))
+            line.append(None if estimated is None else f"{100 * part / estimated:.2f}")
+        table.append(line)
+    last = [f"{name} %" for name in shares] if brief else [f"{label} {name}" for label, _, name in columns]
+    return ["id", *LABELS, "samples", *totals, *last], table

@@ -187,7 +187,9 @@ def test_flops_beside_each_other(
         assert row["ratio"] == row["parts"]["total"] / float(data["flops_executed"])
         assert row["attention"] == 0  # a MADE has none
         assert sum(row["executed_parts"].values()) == row["flops_executed"]
-        assert row["flop_per_second"] == row["flops_executed"] / float(data["wall_seconds"])
+        assert row["step_seconds"] == sum(row["wall_parts"].values()) <= float(data["wall_seconds"])
+        assert row["flop_per_second"] == row["flops_executed"] / row["step_seconds"]
+        assert row["samples"] == int(data["n_unique"].sum())
 
 
 def test_flops_as_a_table_for_papers_and_for_machines(
@@ -203,7 +205,9 @@ def test_flops_as_a_table_for_papers_and_for_machines(
     assert lines[0] == list(table[0])
     assert len(lines) == 2 + len(record) == 2 + len(table)
     for row, line, drawn in zip(record, table, lines[2:], strict=True):
-        assert (line["id"], line["point"]) == (row["id"], row["point"]) == (drawn[0], drawn[1])
+        labels = ("id", "molecule", "ansatz", "size", "steps", "variant", "seed", "samples")
+        assert [line[name] for name in labels] == [str(row[name]) for name in labels] == drawn[:8]
+        assert float(line["seconds"]) == row["step_seconds"]
         assert float(line["estimated"]) == row["parts"]["total"]
         assert float(line["executed"]) == row["flops_executed"]
         assert float(line["estimated/executed"]) == row["ratio"]
@@ -215,11 +219,20 @@ def test_flops_as_a_table_for_papers_and_for_machines(
         ):
             parts = {name: value for name, value in row[family].items() if name != "total"}
             assert {n: float(line[f"{label} {n}"]) for n in parts} == parts
-        assert [float(cell) for cell in drawn[2:]] == pytest.approx(
-            [float(cell) for cell in list(line.values())[2:]], rel=1e-2
+        assert [float(cell) for cell in drawn[8:]] == pytest.approx(
+            [float(cell) for cell in list(line.values())[8:]], rel=1e-2
         )
     assert main(["flops", str(spec)]) == 0
-    assert capsys.readouterr().out.count("\n") == 1 + len(record)
+    head, *brief, blank, note = capsys.readouterr().out.splitlines()
+    assert (blank, note[:6]) == ("", "tiny: ")
+    assert head.endswith("sampling %  local energy %  gradient %")
+    for row, text in zip(record, brief, strict=True):
+        *_, sampling, local, gradient = (float(cell) for cell in text.split()[-3:])
+        parts, total = row["parts"], row["parts"]["total"]
+        assert sampling == pytest.approx(100 * parts["sampling"] / total, abs=0.005)
+        energy = parts["local_energy_modulus"] + parts["local_energy_phase"]
+        assert local == pytest.approx(100 * energy / total, abs=0.005)
+        assert sampling + local + gradient == pytest.approx(100, abs=0.02)
 
 
 def test_verify_tells_the_same_from_the_tampered(
