@@ -181,6 +181,19 @@ class StudyData:
         "wall_part_seconds"): arrays over the cube's six axes, {} where it stores none."""
         return self.part_values.get(family, {})
 
+    def step_seconds(self, rows: Points) -> np.ndarray:
+        """Seconds per optimisation step of each row: the recorded parts of its steps, else its whole training
+        (which includes what is made once, such as the matrix of a sector)."""
+        whole = rows["wall_seconds"]
+        parts = [values[tuple(rows.index.T)] for values in self.parts("wall_part_seconds").values()]
+        recorded = np.sum(parts, axis=0) if parts else np.full(len(rows), np.nan)
+        return np.where(np.isfinite(recorded), recorded, whole) / rows["steps"]
+
+    def local_energy(self, variant: str) -> str:
+        """The mode of the local energy that the spec gives a variant: "exact", "sampled" or "paper"."""
+        own = self.spec.get("variants", {}).get(variant, {})
+        return str(own.get("local_energy", self.spec.get("local_energy", "exact")))
+
     @property
     def stale_fit(self) -> str:
         """A warning where the fit was made from another cube than this one, else ""."""

@@ -22,6 +22,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {  # table -> its columns shown, () for
     "verdicts": ("statement", "verdict", "value", "statistic"),
     "coefficients": (),
     "flops": (),
+    "modes": (),
 }
 SECTIONS = ("numbers", "first-figure", *_TABLES)
 _OPEN = re.compile(r"<!-- figures:([\w-]+) -->")

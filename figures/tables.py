@@ -129,7 +129,7 @@ def flops(study: StudyData) -> Sheet:
         estimated, executed = part["flops_estimated"], part["flops_executed"]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = estimated / executed
-            rate = executed / part["wall_seconds"]
+            rate = executed / steps / study.step_seconds(part)
         facts = study.molecules.get(molecule, {})
         rows.append(
             {
@@ -143,7 +143,7 @@ def flops(study: StudyData) -> Sheet:
                 "ratio": _geometric(ratio),
                 "ratio_min": _finite(ratio, np.min),
                 "ratio_max": _finite(ratio, np.max),
-                "seconds": _geometric(part["wall_seconds"] / steps),
+                "seconds": _geometric(study.step_seconds(part)),
                 "rate": _geometric(rate),
                 "runs": len(part),
                 "point_ids": " ".join(part.ids),

@@ -24,6 +24,7 @@ from synthetic_fit import write_fit
 
 import figures.catalogue  # noqa: F401  (registers all)
 from figures import cli, compute, style
+from figures.costs import short_seconds
 from figures.data import DataError, StudyData, load_study, study_from_tree
 from figures.effects import pair_variant
 from figures.readme import check, sections
@@ -34,6 +35,7 @@ from figures.report import report_html
 LAWS = {
     key: {"A0": t.A0, "A1": t.A1, "a1": t.a1, "A2": t.A2, "a2": t.a2} for key, t in DEFAULT_TRUTHS.items()
 }
+WHOLE: dict[str, object] = {"failed": 0.0, "invalid": 0.0, "missing": 0.0}
 HOLDOUT = '[holdout]\nsizes = ["l"]\n'
 
 
@@ -497,12 +499,156 @@ def test_recorded_parts_are_preferred(cube: xr.DataTree) -> None:
     assert shares == pytest.approx({"sampling": 3 / 8, "local energy": 0.5, "gradient": 1 / 8})
 
 
+# -- the modes of the local energy --
+
+ESTIMATED = ("sampling", "local_energy_modulus", "local_energy_phase", "forward_modulus", "backward_modulus")
+RAN = ("sampling", "forward", "local_energy", "backward")
+
+
+def with_parts(tree: xr.DataTree, seed: int = 0) -> xr.DataTree:
+    """The cube with random parts of every step in all three accountings."""
+    status = tree["final"]["status"]
+    rng = np.random.default_rng(seed)
+
+    def of(axis: str, names: tuple[str, ...]) -> tuple[tuple[object, ...], np.ndarray]:
+        return (*status.dims, axis), rng.uniform(0.5, 2.0, (*status.shape, len(names)))
+
+    parts = {
+        "flops_estimated_part": of("flop_part", ESTIMATED),
+        "flops_executed_part": of("executed_part", RAN),
+        "wall_part_seconds": of("wall_part", RAN),
+    }
+    made = tree.copy()
+    coordinates = {str(dim): tree["final"][dim].values for dim in status.dims}
+    coordinates |= {"flop_part": list(ESTIMATED), "executed_part": list(RAN), "wall_part": list(RAN)}
+    made["parts"] = xr.DataTree(xr.Dataset(parts, coords=coordinates))
+    return made
+
+
+@pytest.fixture(scope="module")
+def modes_cube() -> xr.DataTree:
+    """Runs in three modes: `base` is `exact`, another variant is, too, and must not be mixed with it."""
+    axes: dict[str, object] = {
+        "molecules": ("H2O", "N2", "Li2O"),
+        "sizes": ("s",),
+        "steps": (250,),
+        "seeds": 1,
+    }
+    variants = {"base": Variant(), "small": Variant(batch=0.1), "some": Variant(), "paper": Variant()}
+    tree = with_parts(synthetic_cube(options(**(WHOLE | axes), variants=variants)))
+    tree.attrs["spec"] = (
+        'study = "modes"\n[variants.small]\nsampling.batch_max = 9\n'
+        '[variants.some]\nlocal_energy = "sampled"\n[variants.paper]\nlocal_energy = "paper"\n'
+    )
+    return tree
+
+
+@pytest.fixture(scope="module")
+def mode_products(modes_cube: xr.DataTree) -> dict[str, Product]:
+    chosen = [a for a in artefacts() if a.name in ("mode_shares", "modes", "flops", "cost_per_step")]
+    return {product.artefact.name: product for product in build(study_from_tree(modes_cube), chosen)}
+
+
+VARIANT_OF = {"paper": "paper", "exact": "base", "sampled": "some"}
+
+
+def shares_of(tree: xr.DataTree, variable: str, axis: str, **where: object) -> dict[str, float]:
+    """Shares of the parts of one run, by name."""
+    values = tree["parts"][variable].sel(where).squeeze()
+    return {str(name): float(v) for name, v in zip(values[axis].values, values / values.sum(), strict=True)}
+
+
+def test_mode_bars_are_the_recorded_shares(
+    mode_products: dict[str, Product], modes_cube: xr.DataTree
+) -> None:
+    panels = plot(mode_products, "mode_shares").figure.axes
+    cells = itertools.product(("H2O", "N2", "Li2O"), ("made", "transformer", "retnet"))
+    groups = {"backward": "gradient", "forward": "forward pass", "local_energy": "local energy"}
+    for axis, (molecule, kind) in zip(panels, cells, strict=True):
+        drawn = {str(bar.get_gid()): bar.get_width() for bar in axis.patches}
+        for mode, variant in VARIANT_OF.items():
+            where = {"molecule": molecule, "ansatz": kind, "variant": variant}
+            ran = shares_of(modes_cube, "flops_executed_part", "executed_part", **where)
+            clock = shares_of(modes_cube, "wall_part_seconds", "wall_part", **where)
+            for how, want in (("executed", ran), ("measured", clock)):
+                for part, share in want.items():
+                    assert drawn[f"{how}:{mode}:{groups.get(part, part)}"] == pytest.approx(share)
+        (largest,) = {gid.split(":")[1] for gid in drawn if gid.startswith("estimated")}  # one bar
+        where = {"molecule": molecule, "ansatz": kind, "variant": VARIANT_OF[largest]}
+        want = shares_of(modes_cube, "flops_estimated_part", "flop_part", **where)
+        local = want["local_energy_modulus"] + want["local_energy_phase"]
+        assert drawn[f"estimated:{largest}:local energy"] == pytest.approx(local)
+
+
+def test_mode_table_is_the_cube(mode_products: dict[str, Product], modes_cube: xr.DataTree) -> None:
+    """Seconds per step are those of the steps' parts, not of the whole training."""
+    rows = sheet(mode_products, "modes").table.rows
+    assert len(rows) == 27
+    labels = {"MADE": "made", "Transformer": "transformer", "RetNet": "retnet"}
+    final = modes_cube["final"].to_dataset()
+    for r in rows:
+        where = {"molecule": r["molecule"], "ansatz": labels[str(r["ansatz"])]}
+        where["variant"] = VARIANT_OF[str(r["mode"])]
+        cell = final.sel(where).squeeze()
+        seconds = float(modes_cube["parts"]["wall_part_seconds"].sel(where).sum()) / 250
+        assert r["seconds"] == pytest.approx(seconds)
+        assert r["seconds"] != pytest.approx(float(cell["wall_seconds"]) / 250)
+        assert r["executed"] == pytest.approx(float(cell["flops_executed"]) / 250)
+        assert r["rate"] == pytest.approx(float(cell["flops_executed"]) / 250 / seconds)
+        assert r["ratio"] == pytest.approx(float(cell["flops_estimated"] / cell["flops_executed"]))
+        assert r["unique"] == pytest.approx(float(cell["n_unique_mean"]))
+        ran = shares_of(modes_cube, "flops_executed_part", "executed_part", **where)
+        assert r["local_energy_executed"] == pytest.approx(ran["local_energy"])
+        assert r["gradient_executed"] == pytest.approx(ran["forward"] + ran["backward"])
+        for how in ("estimated", "executed", "measured"):
+            total = sum(float(str(r[f"{name}_{how}"])) for name in ("local_energy", "sampling", "gradient"))
+            assert total == pytest.approx(1.0)
+        assert str(r["local energy"]).split(" / ")[1] == number(100 * ran["local_energy"])
+
+
+def test_seconds_per_step_are_those_of_the_steps(
+    mode_products: dict[str, Product],
+    products: dict[str, Product],
+    cube: xr.DataTree,
+    modes_cube: xr.DataTree,
+) -> None:
+    """Where the parts are recorded; else the whole training stands in."""
+    rows = plot(mode_products, "cost_per_step").table.rows
+    parts = modes_cube["parts"]["wall_part_seconds"].sum("wall_part")
+    for r in rows:
+        cell = parts.sel(molecule=r["molecule"], ansatz=r["ansatz"], variant="base").squeeze()
+        assert r["seconds_per_step"] == pytest.approx(float(cell) / 250)
+    assert sheet(mode_products, "flops").table.rows[0]["seconds"] == pytest.approx(
+        rows[0]["seconds_per_step"]
+    )
+    for r in plot(products, "cost_per_step").table.rows[:20]:
+        labels = {dim: r[dim] for dim in ("molecule", "ansatz", "size", "steps", "seed")}
+        whole = cube["final"]["wall_seconds"].sel(labels | {"variant": "base"})
+        assert r["seconds_per_step"] == pytest.approx(float(whole) / int(str(r["steps"])))
+
+
+def test_one_mode_has_nothing_to_compare(products: dict[str, Product], modes_cube: xr.DataTree) -> None:
+    for name in ("mode_shares", "modes"):
+        assert products[name].result is None
+        assert "no molecule ran in two modes" in products[name].reason
+    bare = modes_cube.copy()
+    del bare["parts"]
+    (product,) = build(study_from_tree(bare), [a for a in artefacts() if a.name == "modes"])
+    assert product.reason == "executed shares: the cube stores no parts of a step"
+
+
+def test_times_are_short() -> None:
+    assert [short_seconds(s) for s in (0.00191, 0.0996, 0.24, 12.0)] == ["1.9 ms", "100 ms", "0.24 s", "12 s"]
+
+
 # -- every number leads to point ids --
 
 
-def test_csv_rows_lead_to_point_ids(products: dict[str, Product], study: StudyData) -> None:
-    known = set(study.points.ids)
-    for name, product in products.items():
+def test_csv_rows_lead_to_point_ids(
+    products: dict[str, Product], mode_products: dict[str, Product], study: StudyData, modes_cube: xr.DataTree
+) -> None:
+    known = set(study.points.ids) | set(study_from_tree(modes_cube).points.ids)
+    for name, product in [*products.items(), *mode_products.items()]:
         if product.result is None:
             continue
         text = csv_text(product.result.table)
@@ -531,11 +677,13 @@ def test_csv_is_full_precision(products: dict[str, Product], cube: xr.DataTree) 
 # -- how it looks --
 
 
-def test_text_is_at_least_seven_points_and_nothing_overlaps(products: dict[str, Product]) -> None:
+def test_text_is_at_least_seven_points_and_nothing_overlaps(
+    products: dict[str, Product], mode_products: dict[str, Product]
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    for name, product in products.items():
+    for name, product in [*products.items(), *mode_products.items()]:
         if not isinstance(product.result, Plot):
             continue
         figure = product.result.figure
@@ -573,8 +721,10 @@ def test_text_is_at_least_seven_points_and_nothing_overlaps(products: dict[str, 
                 assert not box.overlaps(axis.get_tightbbox(renderer)), f"{name}: the legend covers a panel"
 
 
-def test_every_axis_has_a_unit_and_readable_ticks(products: dict[str, Product]) -> None:
-    for name, product in products.items():
+def test_every_axis_has_a_unit_and_readable_ticks(
+    products: dict[str, Product], mode_products: dict[str, Product]
+) -> None:
+    for name, product in [*products.items(), *mode_products.items()]:
         if not isinstance(product.result, Plot):
             continue
         figure = product.result.figure
@@ -767,7 +917,6 @@ def test_report_lists_what_is_missing(cube: xr.DataTree) -> None:
 # -- the command --
 
 
-WHOLE: dict[str, object] = {"failed": 0.0, "invalid": 0.0, "missing": 0.0}
 SMALL: dict[str, object] = {"molecules": ("H2O", "N2"), "sizes": ("xs", "s", "m"), "steps": (250, 1000)}
 
 
