@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from replicate.trainer import train
 from replicate.tree import START, build_tree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not an installed package
+from benchmarks import retention
 from benchmarks.counting import count_flops
 
 
@@ -88,6 +90,30 @@ def test_recurrent_beats_parallel_when_the_sequence_is_longer_than_a_head() -> N
             recurrent = flops.recurrent_estimate(params, 2 * tokens)
             parallel = flops.forward_estimate("retnet", params, 2 * tokens)
             assert (recurrent < parallel) == (tokens > d_head)
+
+
+def test_both_forms_are_measured_and_counted() -> None:
+    """The benchmark of the two forms: its FLOPs are the counter's, but for the state's outer products."""
+    row = retention.measure(tokens=6, heads=4, rows=3, repeats=1, d=16)
+    assert (row.tokens, row.d_head, row.rows) == (6, 4, 3)
+    network = retention.RetNet(Sector(6, 3, 3), d=16, heads=4, ff=64, layers=1)
+    x = torch.zeros(3, 6, 16)
+    assert counted(network.sequence_logits, x) == 3 * row.pass_flops_parallel
+    outer = 2 * 6 * 16 * 4
+    assert counted(network.sequence_logits, x, "recurrent") == 3 * (row.pass_flops_recurrent - outer)
+    assert row.gain("retention_flops") == 6 / 4
+    for what in ("retention_seconds", "pass_seconds"):
+        assert row.gain(what) > 0
+    text = "\n".join(retention.markdown([row], "here"))
+    assert f"| 6 | 4 | 1.50 | {row.gain('retention_seconds'):.2f} | {row.gain('pass_flops'):.2f} |" in text
+
+
+def test_crossing_is_the_length_from_which_on_it_pays() -> None:
+    row = retention.measure(tokens=3, heads=1, rows=1, repeats=1, d=4)
+    times = ((4, 2.0), (6, 0.5), (8, 1.5), (10, 3.0))
+    rows = [replace(row, tokens=t, pass_seconds_parallel=g, pass_seconds_recurrent=1.0) for t, g in times]
+    assert retention.crossing(rows, "pass_seconds") == "8"
+    assert retention.crossing(rows[:2], "pass_seconds") == "none up to 6"
 
 
 @pytest.mark.parametrize(
