@@ -15,6 +15,7 @@ from figures import style
 from figures.data import DataError, StudyData
 from figures.registry import Plot, Sheet, Table
 from figures.render import Product
+from figures.verdicts import NOT_MEASURED
 
 _MARK = re.compile(r"<!-- figures:(?P<name>[\w-]+) -->\n?(?P<body>.*?)<!-- /figures:(?P=name) -->", re.DOTALL)
 _FIRST = ("v_score_vs_n", "abs_error_vs_n", "training_curves")  # the first that could be drawn
@@ -103,4 +104,11 @@ def _table(product: Product, keys: Sequence[str]) -> str:
     table = product.result.table
     if keys:
         table = Table(tuple(c for key in keys for c in table.columns if c.key == key), table.rows)
-    return table.markdown() + "\n" + product.result.caption
+    measured = [row for row in table.rows if row.get("verdict") != NOT_MEASURED]
+    parts = [Table(table.columns, tuple(measured)).markdown() + "\n" + product.result.caption]
+    # What these data say nothing on is listed, but not in the reader's way.
+    silent = [f"- {row['statement']}" for row in table.rows if row.get("verdict") == NOT_MEASURED]
+    if silent:
+        parts.append(f"<details><summary>{len(silent)} {NOT_MEASURED} by this study</summary>\n")
+        parts.append("\n".join(silent) + "\n\n</details>")
+    return "\n\n".join(parts)

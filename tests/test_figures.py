@@ -31,6 +31,7 @@ from figures.readme import check, sections
 from figures.registry import MissingData, Plot, Quantity, Sheet, artefacts, gathered, number
 from figures.render import Product, build, csv_text, write
 from figures.report import report_html
+from figures.verdicts import NOT_MEASURED
 
 LAWS = {
     key: {"A0": t.A0, "A1": t.A1, "a1": t.a1, "A2": t.A2, "a2": t.a2} for key, t in DEFAULT_TRUTHS.items()
@@ -1202,6 +1203,19 @@ def test_readme_is_in_step_with_the_committed_results(laptop: StudyData) -> None
     wanted = sections(laptop, products, "artifacts/laptop/figures")
     for name, body in wanted.items():
         assert f"<!-- figures:{name} -->\n{body.rstrip()}\n<!-- /figures:{name} -->" in text, name
+
+
+def test_readme_lists_what_is_not_measured_apart(laptop: StudyData) -> None:
+    item = next(a for a in artefacts() if a.name == "verdicts")
+    sheet = item.build(laptop)
+    text = sections(laptop, [Product(item, sheet)], "figures")["verdicts"]
+    table, _, rest = text.partition("<details>")
+    open_statements = re.findall(r"^- (.+)$", rest, re.MULTILINE)
+    rows = sheet.table.rows
+    assert open_statements == [row["statement"] for row in rows if row["verdict"] == NOT_MEASURED]
+    assert open_statements
+    assert table.count("\n| ") == len(rows) - len(open_statements)
+    assert f"| {NOT_MEASURED} |" not in table
 
 
 def test_committed_figures_are_in_step_with_the_committed_results(laptop: StudyData) -> None:
