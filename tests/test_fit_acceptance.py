@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fit_acceptance
 import pytest
 
@@ -32,3 +34,18 @@ def test_a_figure_outside_its_bounds_fails() -> None:
     assert not fit_acceptance.Figure("x", 0.39, low=0.4, high=0.6).passes
     assert not fit_acceptance.Figure("x", float("nan"), high=1.0).passes
     assert "FAIL" in str(fit_acceptance.Figure("x", 0.7, high=0.6))
+
+
+def test_recorded_figures_keep_other_sections_and_replace_their_own(tmp_path: Path) -> None:
+    figure = fit_acceptance.Figure
+    fit_acceptance.record(tmp_path, "recovery", [figure("error", 1e-3, high=1e-10), figure("other", 2.0)])
+    fit_acceptance.record(tmp_path, "speed", [figure("cold fit", 9.5, high=10)])
+    fit_acceptance.record(tmp_path, "recovery", [figure("error", 1e-14, high=1e-10)])
+    lines = (tmp_path / "acceptance.csv").read_text().splitlines()
+    assert [line.split(",")[:6] for line in lines[1:]] == [
+        ["recovery", "error", "1e-14", "", "1e-10", "met"],
+        ["speed", "cold fit", "9.5", "", "10", "met"],
+    ]
+    page = (tmp_path / "README.md").read_text()
+    assert "| cold fit | 9.5 | <= 10 | met |" in page
+    assert "0.001" not in page

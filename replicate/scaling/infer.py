@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from replicate.scaling.law import Design, Law
-from replicate.scaling.objective import Objective, evaluate, observed
+from replicate.scaling.objective import Objective, observed
 from replicate.scaling.solve import (
     SINGLE_ITERATIONS,
     Batch,
@@ -22,6 +22,7 @@ from replicate.scaling.solve import (
     Solution,
     escapes,
     jacobian,
+    look,
     make_layout,
     minimise,
     raw_parameters,
@@ -213,9 +214,8 @@ def point_scores(solution: Solution) -> np.ndarray:
     """(n, size) gradient of each point's loss, unweighted."""
     layout, design = solution.layout, solution.layout.design
     p = solution.p[None]
-    m, jac, _, _ = jacobian(layout, p)
-    tau = p[:, -1] if layout.objective.has_scale else np.zeros(1)
-    loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
+    at = look(layout, p, observed(layout.objective, design), design.weight[None])
+    loss, jac = at.loss, jacobian(layout, p, at.prediction)
     columns = [jac[0].T * loss.dm[0][:, None], layout.contrasts.T * loss.dm[0][:, None]]
     if loss.dt is not None:
         columns.append(loss.dt[0][:, None])
@@ -418,9 +418,8 @@ def _score_ratio(null: Solution) -> float:
     where the ratio rises.
     """
     layout, design = null.layout, null.layout.design
-    m, _, _, log_f = jacobian(layout, null.p[None])
-    tau = null.p[None, -1] if layout.objective.has_scale else np.zeros(1)
-    loss = evaluate(layout.objective, design, observed(layout.objective, design), m, tau)
+    at = look(layout, null.p[None], observed(layout.objective, design), design.weight[None])
+    loss, log_f = at.loss, at.prediction.log_f
     free, w = np.flatnonzero(null.free), design.weight
     noise = float((w * loss.dmm[0]).sum() / max((w * loss.dm[0] ** 2).sum(), 1e-300))
     noise *= max(design.n_points - free.size, 1) / design.n_points
@@ -586,7 +585,7 @@ def condition_number(solution: Solution) -> float:
     """Of the log exponents' information: the Jacobian of the predicted logs with respect to the exponents and
     amplitudes, columns scaled to unit length; huge where two terms cannot be told apart."""
     layout = solution.layout
-    _, jac, _, _ = jacobian(layout, solution.p[None])
+    jac = jacobian(layout, solution.p[None])
     columns = np.concatenate([jac[0], layout.contrasts])[solution.free[: layout.n_model]]
     length = np.linalg.norm(columns, axis=1, keepdims=True)
     singular = np.linalg.svd(columns / np.maximum(length, 1e-300), compute_uv=False)
@@ -602,7 +601,7 @@ def design_condition(design: Design) -> float:
     p[0, layout.n_terms : layout.n_terms + layout.n_exponents] = _reference_exponents(design.law)
     if layout.power is None:
         p[0, layout.n_law - 1] = 0.5
-    _, jac, _, _ = jacobian(layout, p)
+    jac = jacobian(layout, p)
     columns = np.concatenate([jac[0], layout.contrasts])
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
     return float(singular[0] / max(singular[-1], 1e-300))

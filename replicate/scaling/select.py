@@ -207,7 +207,7 @@ def residual_tests(solution: Solution, rows: Rows, mask: np.ndarray) -> dict[str
     its variables and ln S_F within molecules (all with the fitted directions projected out), and of the
     intercepts against the molecules' mean ln S_F."""
     layout, design = solution.layout, solution.layout.design
-    _, jac, _, _ = jacobian(layout, solution.p[None])
+    jac = jacobian(layout, solution.p[None])
     base = np.concatenate(
         [jac[0][solution.free[: layout.n_law]], layout.contrasts, np.ones((1, design.n_points))]
     ).T

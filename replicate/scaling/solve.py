@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from replicate.scaling.law import Design
-from replicate.scaling.objective import SCALE_FLOOR, Objective, evaluate, observed, reported_value
+from replicate.scaling.objective import SCALE_FLOOR, Loss, Objective, evaluate, observed, reported_value
 from replicate.spec import UserError
 
 #: A fit is stationary below TOLERANCE; single fits go on to POLISH while their gradient falls.
@@ -28,8 +28,9 @@ TOLERANCE, POLISH = 1e-9, 1e-12
 SINGLE_ITERATIONS = 2000
 EXPONENT_MAX = 10.0
 POWER_RANGE = (1e-2, 10.0)
-#: Points of one block of replicates: arrays of this many float64 stay in the L2 cache.
-BLOCK_ELEMENTS = 1 << 15
+#: Points of one block of replicates. Twice as many are slower where a fit goes through several zones: what
+#: one step needs is freed after it, and beyond this size comes back from the system page by page.
+BLOCK_ELEMENTS = 1 << 14
 _EXPONENT_GRIDS = {
     1: (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0),
     2: (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.6, 2.5),
@@ -42,8 +43,9 @@ _EXPONENT_GRIDS = {
 class Layout:
     """Where each kind of parameter sits in the vector, and the constant columns of the design.
 
-    Term k is c_k exp(-sum_e theta_e shapes[k][e] - offsets[k]) over its exponents `term_exponents[k]`;
-    `moments[k]` (n, 1 + m + m m) holds one, its m shapes and their products, for sums over the points.
+    Term k is c_k exp(-sum_e theta_e shapes[k][e] - offsets[k]) over its exponents `term_exponents[k]`. For
+    sums over the points, `moments` (n, sum of m + m m) holds the m shapes of each term and their products,
+    those of term k from column `moment_columns[k]` on.
     """
 
     design: Design
@@ -55,7 +57,8 @@ class Layout:
     shapes: tuple[np.ndarray, ...]
     term_exponents: tuple[tuple[int, ...], ...]
     offsets: tuple[np.ndarray | None, ...]
-    moments: tuple[np.ndarray, ...]
+    moments: np.ndarray
+    moment_columns: tuple[int, ...]
     contrasts: np.ndarray
 
     @property
@@ -93,14 +96,16 @@ class Layout:
         return m + p[:, self.n_law : self.n_model] @ self.contrasts
 
     def _term(self, p: np.ndarray, k: int) -> np.ndarray:
-        columns = [self.n_terms + e for e in self.term_exponents[k]]
-        if not columns and self.offsets[k] is None:
+        members, offset = self.term_exponents[k], self.offsets[k]
+        if not members and offset is None:
             return np.ones((len(p), self.design.n_points))
-        exponent = p[:, columns] @ self.shapes[k]
-        offset = self.offsets[k]
+        if len(members) == 1:
+            column = self.n_terms + members[0]
+            exponent = -p[:, column : column + 1] * self.shapes[k]
+        else:
+            exponent = -p[:, [self.n_terms + e for e in members]] @ self.shapes[k]
         if offset is not None:
-            exponent += offset
-        np.negative(exponent, out=exponent)
+            exponent -= offset
         return np.exp(exponent, out=exponent)
 
 
@@ -123,6 +128,7 @@ def make_layout(design: Design, objective: Objective) -> Layout:
         shapes.append(np.array(list(columns.values())).reshape(len(columns), design.n_points))
         offsets.append(offset)
     contrasts = design.contrasts()
+    widths = [len(shape) * (1 + len(shape)) for shape in shapes]
     names = law.parameters + tuple(f"beta[{i}]" for i in range(len(contrasts)))
     return Layout(
         design=design,
@@ -134,7 +140,8 @@ def make_layout(design: Design, objective: Objective) -> Layout:
         shapes=tuple(shapes),
         term_exponents=tuple(members),
         offsets=tuple(offsets),
-        moments=tuple(_moments(shape) for shape in shapes),
+        moments=np.concatenate([_moments(shape) for shape in shapes], axis=1),
+        moment_columns=tuple(sum(widths[:k]) for k in range(len(widths))),
         contrasts=contrasts,
     )
 
@@ -142,7 +149,7 @@ def make_layout(design: Design, objective: Objective) -> Layout:
 def _moments(shape: np.ndarray) -> np.ndarray:
     m, n = shape.shape
     products = (shape[:, None, :] * shape[None]).reshape(m * m, n)
-    return np.ascontiguousarray(np.concatenate([np.ones((1, n)), shape, products]).T)
+    return np.concatenate([shape, products]).T
 
 
 @dataclass
@@ -167,59 +174,110 @@ class Derivatives:
             getattr(self, f)[rows] = getattr(other, f)[chosen]
 
 
-def jacobian(layout: Layout, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
-    """m (R, n); dm/d(law parameters) (R, n_law, n); E_k / f per term; log f."""
-    k_terms, n = layout.n_terms, layout.design.n_points
-    q = layout.power_of(p)[:, None]
-    u = [layout._term(p, k) for k in range(k_terms)]
-    f = p[:, 0:1] * u[0]
-    for k in range(1, k_terms):
-        f += p[:, k : k + 1] * u[k]
+@dataclass(frozen=True)
+class Prediction:
+    """Of a batch at its parameters: the terms without their amplitudes (R, K, n), q / f (R, n) with f their
+    sum and q the outer power, log f and the predicted log m (R, n)."""
+
+    terms: np.ndarray
+    slope: np.ndarray
+    log_f: np.ndarray
+    m: np.ndarray
+
+
+def predict(layout: Layout, p: np.ndarray) -> Prediction:
+    """What the law says for a batch p (R, size), with what its derivatives need."""
+    terms = np.empty((len(p), layout.n_terms, layout.design.n_points))
+    f = np.zeros((len(p), layout.design.n_points))
+    for k in range(layout.n_terms):
+        terms[:, k] = u = layout._term(p, k)
+        f += p[:, k : k + 1] * u
     np.maximum(f, 1e-300, out=f)
-    log_f = np.log(f)
-    np.divide(1.0, f, out=f)
-    jac = np.zeros((len(p), layout.n_law, n))
-    for k in range(k_terms):
-        u[k] *= f
-        jac[:, k] = u[k]
-        if layout.term_exponents[k]:
-            w = p[:, k : k + 1] * u[k]
-            for e, x in zip(layout.term_exponents[k], layout.shapes[k], strict=True):
-                jac[:, k_terms + e] -= w * x
-    m = log_f
+    m = log_f = np.log(f)
+    q = layout.power_of(p)[:, None]
     if layout.power != 1.0:
         m = q * log_f
-        jac[:, : k_terms + layout.n_exponents] *= q[:, :, None]
-        if layout.power is None:
-            jac[:, layout.n_law - 1] = log_f
     if len(layout.contrasts):
         m = m + p[:, layout.n_law : layout.n_model] @ layout.contrasts
-    return m, jac, u, log_f
+    return Prediction(terms, q / f, log_f, m)
+
+
+def jacobian(layout: Layout, p: np.ndarray, at: Prediction | None = None) -> np.ndarray:
+    """dm/d(law parameters) (R, n_law, n); `at`: the prediction there, if known."""
+    at = predict(layout, p) if at is None else at
+    k_terms = layout.n_terms
+    jac = np.empty((len(p), layout.n_law, layout.design.n_points))
+    np.multiply(at.terms, at.slope[:, None, :], out=jac[:, :k_terms])
+    written = set()
+    for k in range(k_terms):
+        for e, x in zip(layout.term_exponents[k], layout.shapes[k], strict=True):
+            # -c_k times the column of c_k, which also holds for c_k = 0.
+            own = jac[:, k] * x
+            own *= -p[:, k : k + 1]
+            if e in written:
+                jac[:, k_terms + e] += own
+            else:
+                jac[:, k_terms + e] = own
+                written.add(e)
+    if layout.power is None:
+        jac[:, layout.n_law - 1] = at.log_f
+    return jac
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A prediction, the loss of every point there and the objective (R,): all but the derivatives in p."""
+
+    prediction: Prediction
+    loss: Loss
+    value: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Outlook:
+        """Of some rows of the batch."""
+        at, loss = self.prediction, self.loss
+        scale = (None if v is None else v[rows] for v in (loss.dt, loss.dmt, loss.dtt))
+        return Outlook(
+            Prediction(at.terms[rows], at.slope[rows], at.log_f[rows], at.m[rows]),
+            Loss(loss.value[rows], loss.dm[rows], loss.dmm[rows], loss.curvature[rows], *scale),
+            self.value[rows],
+        )
+
+
+def look(
+    layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray, width: float | None = None
+) -> Outlook:
+    """Objective of a batch. z (n,) or (R, n); weights (R, n); `width` overrides the huber zone."""
+    at = predict(layout, p)
+    tau = p[:, -1] if layout.objective.has_scale else np.zeros(len(p))
+    loss = evaluate(layout.objective, layout.design, z, at.m, tau, width)
+    return Outlook(at, loss, np.vecdot(weights, loss.value))
 
 
 def derivatives(
     layout: Layout, p: np.ndarray, z: np.ndarray, weights: np.ndarray, width: float | None = None
 ) -> Derivatives:
     """Objective of a batch with its exact gradient and Hessian. z (n,) or (R, n); weights (R, n)."""
+    return differentiate(layout, p, weights, look(layout, p, z, weights, width))
+
+
+def differentiate(layout: Layout, p: np.ndarray, weights: np.ndarray, at: Outlook) -> Derivatives:
+    """`derivatives` at what `look` found for the same batch and weights."""
     r_batch, size, n_law, n_model = len(p), layout.size, layout.n_law, layout.n_model
     k_terms, k_smooth = layout.n_terms, layout.n_terms + layout.n_exponents
-    m, jac, u, _ = jacobian(layout, p)
+    loss, jac = at.loss, jacobian(layout, p, at.prediction)
     tau = p[:, -1] if layout.objective.has_scale else np.zeros(r_batch)
-    loss = evaluate(layout.objective, layout.design, z, m, tau, width)
-    q = layout.power_of(p)
+    q = layout.power_of(p)[:, None]
 
-    value = np.vecdot(weights, loss.value)
-    wdm = weights * loss.dm
-    wdmm = weights * loss.dmm
-    curved = weights * loss.curvature
+    wdm, wdmm, curved = weights * loss.dm, weights * loss.dmm, weights * loss.curvature
     contrasts = layout.contrasts
     gradient = np.empty((r_batch, size))
     hessian = np.zeros((r_batch, size, size))
     curvature = np.empty((r_batch, size))
     norm2 = np.ones((r_batch, size))
-    gradient[:, :n_law] = np.matmul(jac, wdm[:, :, None])[:, :, 0]
-    sums = np.matmul(jac * jac, np.stack([curved, weights], axis=2))
-    curvature[:, :n_law], norm2[:, :n_law] = sums[:, :, 0], sums[:, :, 1]
+    squares = jac * jac
+    gradient[:, :n_law] = np.vecdot(jac, wdm[:, None, :])
+    curvature[:, :n_law] = np.vecdot(squares, curved[:, None, :])
+    norm2[:, :n_law] = np.vecdot(squares, weights[:, None, :])
     if n_model > n_law:
         gradient[:, n_law:n_model] = wdm @ contrasts.T
         curvature[:, n_law:n_model] = curved @ (contrasts**2).T
@@ -234,39 +292,35 @@ def derivatives(
     if layout.power is None:
         full = np.matmul(jac * wdmm[:, None, :], jac.transpose(0, 2, 1))
         inner = jac[:, :k_smooth]
-        full[:, :k_smooth, :k_smooth] -= np.matmul(
-            inner * (wdm / q[:, None])[:, None, :], inner.transpose(0, 2, 1)
-        )
-        cross = gradient[:, :k_smooth] / q[:, None]
+        full[:, :k_smooth, :k_smooth] -= np.matmul(inner * (wdm / q)[:, None, :], inner.transpose(0, 2, 1))
+        cross = gradient[:, :k_smooth] / q
         full[:, :k_smooth, -1] += cross
         full[:, -1, :k_smooth] += cross
     else:
-        merged = wdmm - wdm / q[:, None]
-        full = np.matmul(jac * merged[:, None, :], jac.transpose(0, 2, 1))
-    centre, mass = np.zeros((r_batch, k_terms, layout.n_exponents)), np.zeros((r_batch, k_terms))
-    for k in range(k_terms):
-        members = layout.term_exponents[k]
-        if not members:
-            continue
-        n_own = len(members)
-        share = u[k] * p[:, k : k + 1]
-        share *= share
-        share *= curved
-        spread = share @ layout.moments[k]
-        pull = (wdm * u[k]) @ layout.moments[k]
-        pull *= q[:, None]
-        mass[:, k] = spread[:, 0] * (q * q)
-        floor = np.maximum(spread[:, 0], 1e-300)
+        wdmm -= wdm / q
+        full = np.matmul(jac * wdmm[:, None, :], jac.transpose(0, 2, 1))
+    # What is left, F, and the places where the terms weigh most are moments of each term's own column.
+    amplitude, own = p[:, :k_terms], jac[:, :k_terms]
+    n, shape = layout.design.n_points, (r_batch, k_terms, layout.moments.shape[1])
+    pull = ((own * wdm[:, None, :]).reshape(-1, n) @ layout.moments).reshape(shape)
+    spread = ((squares[:, :k_terms] * curved[:, None, :]).reshape(-1, n) @ layout.moments).reshape(shape)
+    floor = np.maximum(curvature[:, :k_terms], 1e-300)
+    centre = np.zeros((r_batch, k_terms, layout.n_exponents))
+    for k, members in enumerate(layout.term_exponents):
+        n_own, first = len(members), layout.moment_columns[k]
         for i, e in enumerate(members):
-            centre[:, k, e] = spread[:, 1 + i] / floor
-            full[:, k, k_terms + e] -= pull[:, 1 + i]
-            full[:, k_terms + e, k] -= pull[:, 1 + i]
+            centre[:, k, e] = spread[:, k, first + i] / floor[:, k]
+            full[:, k, k_terms + e] -= pull[:, k, first + i]
+            full[:, k_terms + e, k] -= pull[:, k, first + i]
             for j, e2 in enumerate(members):
-                full[:, k_terms + e, k_terms + e2] += pull[:, 1 + n_own * (1 + i) + j] * p[:, k]
+                full[:, k_terms + e, k_terms + e2] += (
+                    pull[:, k, first + n_own * (1 + i) + j] * amplitude[:, k]
+                )
     hessian[:, :n_law, :n_law] = full
     total = weights.sum(axis=1)
     size_dm = np.sqrt(np.vecdot(wdm, loss.dm))
     unit = np.maximum(size_dm, layout.objective.gradient_unit(tau) * np.sqrt(total))
+    yardstick = np.sqrt(norm2) * unit[:, None]
     if layout.objective.has_scale:
         assert loss.dt is not None
         assert loss.dmt is not None
@@ -274,15 +328,20 @@ def derivatives(
         wdmt = weights * loss.dmt
         gradient[:, -1] = np.vecdot(weights, loss.dt)
         hessian[:, -1, -1] = np.vecdot(weights, loss.dtt)
-        hessian[:, -1, :n_law] = np.matmul(jac, wdmt[:, :, None])[:, :, 0]
+        hessian[:, -1, :n_law] = np.vecdot(jac, wdmt[:, None, :])
         if n_model > n_law:
             hessian[:, -1, n_law:n_model] = wdmt @ contrasts.T
         hessian[:, :-1, -1] = hessian[:, -1, :-1]
-        curvature[:, -1] = total
-    yardstick = np.sqrt(norm2) * unit[:, None]
-    if layout.objective.has_scale:
-        yardstick[:, -1] = total
-    return Derivatives(value, gradient, hessian, curvature, yardstick, centre, mass)
+        curvature[:, -1] = yardstick[:, -1] = total
+    return Derivatives(
+        value=at.value,
+        gradient=gradient,
+        hessian=hessian,
+        curvature=curvature,
+        yardstick=yardstick,
+        centre=centre,
+        mass=amplitude**2 * curvature[:, :k_terms],
+    )
 
 
 def _free(p: np.ndarray, d: Derivatives, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -300,10 +359,18 @@ def scaled_gradient(d: Derivatives, free: np.ndarray) -> np.ndarray:
 def _damped_solve(a: np.ndarray, b: np.ndarray, damping: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(a + damping) x = b for a batch (R, P, P), (R, P), with the damping (R,) raised past the most negative
     eigenvalue where a is indefinite; returns x and the damping used."""
+    shifted, diagonal = a.copy(), np.arange(a.shape[1])
+    shifted[:, diagonal, diagonal] += damping[:, None]
+    try:
+        np.linalg.cholesky(shifted)
+        return np.linalg.solve(shifted, b[:, :, None])[:, :, 0], damping
+    except np.linalg.LinAlgError:
+        pass  # some row is indefinite
     values, vectors = np.linalg.eigh(a)
     lowest = values[:, 0]
-    # a has a unit majorising diagonal, so these are relative bars.
-    damping = np.where(lowest + damping > 1e-13, damping, np.maximum(2 * damping, 1e-3 - 1.2 * lowest))
+    # a has a unit majorising diagonal, so these are relative bars. Barely past the eigenvalue the step is
+    # long, and leads up more often than not.
+    damping = np.where(lowest + damping > 1e-13, damping, np.maximum(2 * damping, 1e-3 - 2 * lowest))
     x = np.matmul(b[:, None, :], vectors)[:, 0] / (values + damping[:, None])
     return np.matmul(vectors, x[:, :, None])[:, :, 0], damping
 
@@ -320,51 +387,50 @@ def _newton_step(
     """
     k_terms, smooth = d.mass.shape[1], slice(d.mass.shape[1], d.mass.shape[1] + d.centre.shape[2])
     diagonal = np.arange(p.shape[1])
-    amplitude, pull, v = p[:, :k_terms], d.gradient[:, :k_terms], d.centre
+    v, pull = d.centre, d.gradient[:, :k_terms]
     # Chain rule for c(step, step_e): dc/de = c v, d2c/(dstep de) = v, d2c/(de de') = c v v'.
-    change = np.zeros_like(d.hessian)
-    change[:, diagonal, diagonal] = 1.0
-    change[:, :k_terms, smooth] = amplitude[:, :, None] * v
-    back = change.transpose(0, 2, 1)
-    gradient = np.matmul(back, d.gradient[:, :, None])[:, :, 0]
-    hessian = np.matmul(back, np.matmul(d.hessian, change))
-    mixed = pull[:, :, None] * v
-    turned = mixed.transpose(0, 2, 1)
-    hessian[:, smooth, smooth] += np.matmul(turned, change[:, :k_terms, smooth])
+    change = p[:, :k_terms, None] * v
+    back, mixed = change.transpose(0, 2, 1), pull[:, :, None] * v
+    gradient, hessian = d.gradient.copy(), d.hessian.copy()
+    gradient[:, smooth] += np.vecdot(back, pull[:, None, :])
+    hessian[:, :, smooth] += np.matmul(hessian[:, :, :k_terms], change)
+    hessian[:, smooth] += np.matmul(back, hessian[:, :k_terms])
+    hessian[:, smooth, smooth] += np.matmul(back, mixed)
     hessian[:, :k_terms, smooth] += mixed
-    hessian[:, smooth, :k_terms] += turned
+    hessian[:, smooth, :k_terms] += mixed.transpose(0, 2, 1)
     curvature = d.curvature.copy()
     curvature[:, smooth] = np.maximum(
         curvature[:, smooth] - (d.mass[:, :, None] * v * v).sum(axis=1), 1e-4 * curvature[:, smooth]
     )
-    scale = np.where(free, 1.0 / np.sqrt(np.maximum(curvature, 1e-300)), 0.0)
-    h = hessian * scale[:, :, None] * scale[:, None, :]
+    unit = np.sqrt(np.maximum(curvature, 1e-300))
+    scale = np.where(free, 1.0 / unit, 0.0)
+    h = hessian * (scale[:, :, None] * scale[:, None, :])
+    h[:, diagonal, diagonal] += ~free
     g = -gradient * scale
-    scale[~free] = 1.0
-    step, fixed, moving = np.zeros_like(p), np.zeros_like(p), free.copy()
-    rows, damping = np.arange(len(p)), damping.copy()
-    for attempt in range(3):
-        mask = moving[rows]
-        right, block = g[rows], h[rows]
-        if attempt:
-            right = np.where(mask, right - np.matmul(block, (fixed / scale)[rows, :, None])[:, :, 0], 0.0)
-            block = np.where(mask[:, :, None] & mask[:, None, :], block, 0.0)
-        block[:, diagonal, diagonal] += ~mask
-        solution, damping[rows] = _damped_solve(block, right, damping[rows])
-        step[rows] = np.where(mask, solution * scale[rows], fixed[rows])
-        target = p[rows] + step[rows]
-        crossing = mask & ((target < lower[rows]) | (target > upper[rows]))
+    solution, damping = _damped_solve(h, g, damping)
+    damping, fixed, moving = damping.copy(), np.zeros_like(p), free.copy()
+    target = p + solution * scale
+    rows = np.arange(len(p))
+    for _ in range(2):
+        crossing = moving[rows] & ((target[rows] < lower[rows]) | (target[rows] > upper[rows]))
         hit = crossing.any(axis=1)
         if not hit.any():
             break
         local, rows = crossing[hit], rows[hit]
-        bound = np.where(p[rows] + step[rows] < lower[rows], lower[rows], upper[rows])
+        bound = np.where(target[rows] < lower[rows], lower[rows], upper[rows])
         fixed[rows] = np.where(local, bound - p[rows], fixed[rows])
         moving[rows] &= ~local
-    trial = np.clip(p + step, lower, upper)
-    shift = np.matmul(v, (trial[:, smooth] - p[:, smooth])[:, :, None])[:, :, 0]
-    trial[:, :k_terms] *= np.exp(np.clip(shift, -50.0, 50.0))
-    return np.clip(trial, lower, upper), damping
+        mask, block = moving[rows], h[rows]
+        known = np.matmul(block, (fixed * unit)[rows, :, None])[:, :, 0]
+        block = np.where(mask[:, :, None] & mask[:, None, :], block, 0.0)
+        block[:, diagonal, diagonal] += ~mask
+        right = np.where(mask, g[rows] - known, 0.0)
+        solution, damping[rows] = _damped_solve(block, right, damping[rows])
+        target[rows] = p[rows] + np.where(mask, solution * scale[rows], fixed[rows])
+    trial = np.minimum(np.maximum(target, lower), upper)
+    shift = np.vecdot(v, (trial - p)[:, None, smooth])
+    trial[:, :k_terms] *= np.exp(np.minimum(np.maximum(shift, -50.0), 50.0))
+    return np.minimum(np.maximum(trial, lower), upper), damping
 
 
 @dataclass(frozen=True)
@@ -409,25 +475,32 @@ def _newton_block(
         rows = slice(None) if len(active) == r_batch else active
         now = state if len(active) == r_batch else state.take(active)
         trial, used = _newton_step(p[rows], now, free[rows], lam[rows], lower[rows], upper[rows])
-        new = derivatives(layout, trial, z if shared else z[rows], weights[rows], width)
-        new_free = _free(trial, new, lower[rows], upper[rows])
-        new_small = scaled_gradient(new, new_free)
+        iterations[rows] += 1
+        ahead = look(layout, trial, z if shared else z[rows], weights[rows], width)
         # Near the optimum the objective only shows rounding: there a smaller gradient decides. A likelihood
         # may be near 0 by cancellation, a sum of losses only where every loss is.
         noise = 1e-12 * (np.abs(now.value) + layout.objective.has_scale)
-        better = (new.value < now.value - noise) | (
-            (new.value <= now.value + noise) & (new_small < small[rows])
-        )
-        better &= np.isfinite(new.value) & np.isfinite(new.hessian).all(axis=(1, 2)) & np.isfinite(new_small)
-        iterations[rows] += 1
+        # Derivatives are most of the work, and not for steps that lead up.
+        viable = np.flatnonzero(np.isfinite(ahead.value) & (ahead.value <= now.value + noise))
+        better = np.zeros(len(active), bool)
+        if viable.size:
+            if viable.size < len(active):
+                ahead, trial = ahead.take(viable), trial[viable]
+            places = active[viable]
+            new = differentiate(layout, trial, weights[places], ahead)
+            new_free = _free(trial, new, lower[places], upper[places])
+            new_small = scaled_gradient(new, new_free)
+            good = (new.value < (now.value - noise)[viable]) | (new_small < small[places])
+            good &= np.isfinite(new.hessian).all(axis=(1, 2)) & np.isfinite(new_small)
+            better[viable] = good
+            if good.all() and viable.size == r_batch:
+                p, state, free, small = trial, new, new_free, new_small
+            else:
+                done = places[good]
+                p[done] = trial[good]
+                state.put(done, new, good)
+                free[done], small[done] = new_free[good], new_small[good]
         lam[rows] = np.where(better, np.where(used < 1e-8, 0.0, used * 0.1), np.maximum(used * 6, 1e-4))
-        if better.all() and len(active) == r_batch:
-            p, state, free, small = trial, new, new_free, new_small
-        else:
-            good = active[better]
-            p[good] = trial[better]
-            state.put(good, new, better)
-            free[good], small[good] = new_free[better], new_small[better]
         active = active[(small[active] >= tolerance) & (lam[active] < 1e12)]
     return Batch(p, state.value, small, small < tolerance, iterations)
 
@@ -530,32 +603,41 @@ def _exponent_grid(count: int, power: float | None) -> tuple[np.ndarray, np.ndar
 
 
 def _non_negative(gram: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """min c'Gc/2 - r'c over c >= 0 for a batch (B, K, K), (B, K), by trying every support (K <= 6); c (B, K)
-    and the gain r'c (B,)."""
+    """min c'Gc/2 - r'c over c >= 0 for a batch (B, K, K), (B, K), by trying every support (of up to 6);
+    c (B, K) and the gain r'c (B,)."""
     k_terms = gram.shape[-1]
-    supports = [
-        s for size in range(1, min(k_terms, 6) + 1) for s in itertools.combinations(range(k_terms), size)
-    ]
-    inside = np.zeros((len(supports), k_terms))
-    for i, support in enumerate(supports):
-        inside[i, list(support)] = 1.0
-    both = inside[:, :, None] * inside[:, None, :]
     diagonal = np.arange(k_terms)
-    solution, best = np.empty_like(right), np.empty(len(right))
-    step = max(1, (1 << 20) // (both.size + 1))
-    for i in range(0, len(right), step):
-        part, r = gram[i : i + step], right[i : i + step, None, :] * inside
-        a = part[:, None] * both
-        # A ridge against collinear terms, and ones where a term is left out.
-        a[..., diagonal, diagonal] *= 1 + 1e-11
-        a[..., diagonal, diagonal] += (1 - inside) + 1e-300
-        c = np.linalg.solve(a, r[..., None])[..., 0]
-        gain = np.where((c >= 0).all(axis=-1), np.vecdot(c, r), 0.0)
-        chosen = np.argmax(gain, axis=1)
-        rows = np.arange(len(part))
-        best[i : i + step] = gain[rows, chosen]
-        solution[i : i + step] = np.where(best[i : i + step, None] > 0, c[rows, chosen], 0.0)
-    return solution, best
+    # A ridge against collinear terms.
+    gram = gram.copy()
+    gram[:, diagonal, diagonal] = gram[:, diagonal, diagonal] * (1 + 1e-11) + 1e-300
+    # Where all terms together are positive, nothing is better.
+    solution = np.linalg.solve(gram, right[:, :, None])[:, :, 0]
+    rest = np.flatnonzero(~(solution > 0).all(axis=1))
+    supports = [s for size in range(1, min(k_terms, 7)) for s in itertools.combinations(range(k_terms), size)]
+    if rest.size and supports:
+        inside = np.zeros((len(supports), k_terms))
+        for i, support in enumerate(supports):
+            inside[i, list(support)] = 1.0
+        both = inside[:, :, None] * inside[:, None, :]
+        step = max(1, (1 << 20) // (both.size + 1))
+        for rows in (rest[i : i + step] for i in range(0, rest.size, step)):
+            r = right[rows, None, :] * inside
+            a = gram[rows, None] * both
+            a[..., diagonal, diagonal] += 1 - inside
+            c = np.linalg.solve(a, r[..., None])[..., 0]
+            gain = np.where((c >= 0).all(axis=-1), np.vecdot(c, r), 0.0)
+            chosen = np.argmax(gain, axis=1)
+            solution[rows] = np.where(gain.max(axis=1) > 0, c[np.arange(rows.size), chosen].T, 0.0).T
+    return solution, np.vecdot(solution, right)
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each distinct row of (C, m) stands first, and which of these every row equals (C,)."""
+    if rows.shape[1] == 0:
+        return np.zeros(1, int), np.zeros(len(rows), int)
+    keys, axis = (rows[:, 0], None) if rows.shape[1] == 1 else (rows, 0)
+    _, first, inverse = np.unique(keys, axis=axis, return_index=True, return_inverse=True)
+    return first, inverse.ravel()
 
 
 def _project(
@@ -563,20 +645,29 @@ def _project(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Amplitudes (R, C, K) >= 0 and losses (R, C) of the best relative fit to `value` (n,) for each row of
     exponents and outer power in `grid` (C, P + 1), under weights (R, n)."""
-    k_terms = layout.n_terms
-    probe = np.zeros((len(grid), layout.size))
-    probe[:, k_terms : k_terms + layout.n_exponents] = grid[:, :-1]
-    target = value if layout.power == 1.0 else value ** (1.0 / grid[:, -1:])
-    columns = np.stack([layout._term(probe, k) / target for k in range(k_terms)], axis=1)
-    if len(weights) == 1:
-        weighted = columns * weights[0]
-        gram = np.matmul(weighted, columns.transpose(0, 2, 1))
-        right = weighted.sum(axis=2)
-    else:
-        pairs = (columns[:, :, None, :] * columns[:, None, :, :]).reshape(-1, value.size)
-        gram = (weights @ pairs.T).reshape(-1, k_terms, k_terms)
-        right = (weights @ columns.reshape(-1, value.size).T).reshape(-1, k_terms)
-    c, gain = _non_negative(gram, right)
+    k_terms, count = layout.n_terms, len(grid)
+    tables, cells = [], []
+    for k, members in enumerate(layout.term_exponents):
+        # A term sees few of the exponents: many rows of the grid share its column.
+        seen = grid[:, [*members, -1] if layout.power is None else list(members)]
+        first, cell = _distinct(seen)
+        probe = np.zeros((len(first), layout.size))
+        probe[:, k_terms : k_terms + layout.n_exponents] = grid[first, :-1]
+        target = value if layout.power == 1.0 else value ** (1.0 / grid[first, -1:])
+        tables.append(layout._term(probe, k) / target)
+        cells.append(cell)
+    gram = np.empty((len(weights), count, k_terms, k_terms))
+    right = np.empty((len(weights), count, k_terms))
+    for k, (one, at) in enumerate(zip(tables, cells, strict=True)):
+        right[:, :, k] = (weights @ one.T)[:, at]
+        for j in range(k + 1):
+            other, there = tables[j], cells[j]
+            if len(one) * len(other) <= count:
+                products = np.matmul(one * weights[:, None, :], other.T)[:, at, there]
+            else:
+                products = weights @ (one[at] * other[there]).T
+            gram[:, :, k, j] = gram[:, :, j, k] = products
+    c, gain = _non_negative(gram.reshape(-1, k_terms, k_terms), right.reshape(-1, k_terms))
     c, gain = c.reshape(len(weights), len(grid), k_terms), gain.reshape(len(weights), len(grid))
     # Residuals are relative in L**(1/q): multiplied by q they are log residuals to first order.
     return c, np.maximum(weights.sum(axis=1)[:, None] - gain, 0.0) * grid[:, -1] ** 2
@@ -754,9 +845,8 @@ def escapes(
         rows = np.flatnonzero((p[:, k] == 0) | spare)
         if not members or not rows.size:
             continue
-        m, _, _, log_f = jacobian(layout, p[rows])
-        tau = p[rows, -1] if layout.objective.has_scale else np.zeros(rows.size)
-        loss = evaluate(layout.objective, layout.design, z if z.ndim == 1 else z[rows], m, tau)
+        at = look(layout, p[rows], z if z.ndim == 1 else z[rows], weights[rows])
+        loss, log_f = at.loss, at.prediction.log_f
         axes = np.meshgrid(*[np.array(_ESCAPE_GRID)] * len(members))
         grid = np.stack([a.ravel() for a in axes], axis=1)
         shape = -grid @ layout.shapes[k]
@@ -769,7 +859,7 @@ def escapes(
         gain = -0.5 * slope * length
         best = np.argmax(gain, axis=1)
         for i, row in enumerate(rows):
-            if gain[i, best[i]] <= max(most[row], 1e-8 * (1 + abs(loss.value[i] @ weights[row]))):
+            if gain[i, best[i]] <= max(most[row], 1e-8 * (1 + abs(at.value[i]))):
                 continue
             most[row] = gain[i, best[i]]
             begin[row] = p[row]
