@@ -92,7 +92,10 @@ MOLECULE: dict[str, tuple[str, str]] = {
     "e_hf": ("hartree", "Hartree-Fock energy"),
     "e_ccsd": ("hartree", "CCSD energy"),
     "e_ccsd_t": ("hartree", "CCSD(T) energy"),
-    "e_fci": ("hartree", "full configuration interaction energy"),
+    "e_fci": (
+        "hartree",
+        "full configuration interaction energy: lowest in the sector, whatever its total spin",
+    ),
     "e_inf_sector": ("hartree", "mean energy of the sector, Tr(H) / dimension"),
     "e_inf_identity": ("hartree", "coefficient of the identity string"),
 }
