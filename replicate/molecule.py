@@ -197,6 +197,7 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
     LOGGER.info("%s: computing integrals and reference energies", spec.name)
     output = folder / "molecule.npz"
     request = {**problem, "name": spec.name, "fcidump": spec.fcidump, "output": str(output)}
+    request["caller"] = os.getpid()
     package = str(Path(__file__).resolve().parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -206,6 +207,7 @@ def _compute(spec: MoleculeSpec, problem: dict[str, Any], folder: Path) -> Path:
         text=True,
         env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)},
         check=False,
+        process_group=0,  # a signal to the caller's group asks for a checkpoint, not for half a molecule
     )
     if done.returncode == 2:
         raise UserError(*json.loads(done.stdout.splitlines()[-1])["problems"])

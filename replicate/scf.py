@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
+import threading
+import time
 import warnings
 from math import comb
 from pathlib import Path
@@ -28,6 +31,9 @@ Floats = NDArray[np.float64]
 FCI_LIMIT = 1_100_000
 """Determinants up to which FCI is computed (LiCl, 1 002 001, is the largest of the study that is
 feasible)."""
+
+CALLER_SECONDS = 0.5
+"""How often it is looked whether the caller is still there."""
 
 DEGENERATE = 1e-8
 """Hartree: orbitals closer than this are one degenerate block. Rounding splits a block by
@@ -290,10 +296,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _end_with(caller: int) -> None:
+    """End once the caller has: a second Ctrl-C or kill -9 does not reach this process."""
+    while os.getppid() == caller:
+        time.sleep(CALLER_SECONDS)
+    os._exit(1)
+
+
 def main() -> int:
     """Read a problem from stdin, write its result to the file that it names; 2 and the problems
     on bad input."""
     problem = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=(problem["caller"],), daemon=True).start()
     import pyscf
 
     pyscf.lib.num_threads(1)

@@ -4,9 +4,13 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from replicate.fcidump import read_fcidump
 from replicate.hamiltonian import Kernel
 from replicate.molecule import Molecule, load_molecule
 from replicate.spec import MoleculeSpec, UserError, molecule_from_file
+from replicate.store import _process_start
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -171,6 +176,63 @@ def test_hamiltonians_are_bit_identical_on_one_and_two_threads() -> None:
         )
         hashes.append(json.loads(done.stdout))
     assert hashes[0] == hashes[1]
+
+
+_CALLER = """
+import signal, sys
+from chemistry import spec
+from replicate.molecule import load_molecule
+signal.signal(signal.SIGTERM, lambda *_: None)  # as a worker that stops after its step
+print(load_molecule(spec(sys.argv[1])).e_fci)
+"""
+
+
+@contextmanager
+def pyscf_at_work(name: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that has a molecule computed, and the id of the process that computes it."""
+    caller = subprocess.Popen(
+        [sys.executable, "-c", _CALLER, name],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children: list[str] = []
+    try:
+        while not children:
+            assert caller.poll() is None
+            children = Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text("ascii").split()
+            time.sleep(0.01)
+        yield caller, int(children[0])
+    finally:
+        for process in (caller.pid, *map(int, children)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        caller.communicate()
+
+
+@pytest.mark.processes
+def test_signal_to_the_group_is_not_for_pyscf() -> None:
+    """Slurm, torchrun and terminals signal whole groups: it means a checkpoint, not a failed point."""
+    with pyscf_at_work("H2O") as (caller, _):
+        time.sleep(1.0)
+        os.killpg(caller.pid, signal.SIGTERM)
+        output, _ = caller.communicate(timeout=100)
+    assert caller.returncode == 0
+    assert float(output) == pytest.approx(reference("H2O", "fci"), abs=1e-5)
+
+
+@pytest.mark.processes
+def test_pyscf_ends_with_its_caller() -> None:
+    """kill -9 of a worker must not leave minutes of FCI behind."""
+    with pyscf_at_work("LiCl") as (caller, worker):
+        time.sleep(1.0)
+        caller.kill()
+        caller.wait()
+        deadline = time.monotonic() + 20
+        while _process_start(worker) is not None:
+            assert time.monotonic() < deadline, "PySCF goes on"
+            time.sleep(0.05)
 
 
 def test_the_folder_it_is_started_in_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
