@@ -266,6 +266,28 @@ def test_slurm_parameters_from_the_command_line() -> None:
             slurm.parameters_of([wrong])
 
 
+# -- this machine's processes ------------------------------------------------------------------------
+
+
+def test_workers_that_cannot_start_end_the_sweep_not_each_point(
+    write_spec: WriteSpec, tmp_path: Path
+) -> None:
+    """A main module that a spawned process cannot import again, as of a script on standard input."""
+    path = write_spec(("seeds = [0]", "seeds = [0, 1, 2]"))
+    script = f"from replicate.cli import main; main(['run', {str(path)!r}, '--artifacts', {str(tmp_path)!r}])"
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=100,
+    )
+    assert "worker processes cannot start (exit status 1)" in done.stderr
+    assert not list(tmp_path.rglob("*.error.json"))
+
+
 # -- what they share ---------------------------------------------------------------------------------
 
 

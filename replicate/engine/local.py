@@ -31,6 +31,7 @@ def _work(pipe: Connection, stop: Event, options: Options) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides; a terminal signals the whole group
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    pipe.send(None)  # started
     while True:
         try:
             spec, point_id = pipe.recv()
@@ -59,6 +60,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.handle: Handle | None = None
+        self.started = False
 
     def give(self, spec: str, point_id: str) -> Handle:
         self.handle = Handle(point_id, started=time.monotonic())
@@ -67,18 +69,28 @@ class _Worker:
         return self.handle
 
     def hear(self) -> None:
-        """Take in the report of the point at work, or the death of the process."""
+        """Take in the word that it has started, the report of the point at work, or the death of the process.
+
+        A worker that raises before it has started (its main module cannot be imported anew) is like every
+        other.
+        """
         assert self.handle is not None
         try:
             if not self.pipe.poll():
                 raise EOFError
-            self.handle.report = self.pipe.recv()
+            report = self.pipe.recv()
+            if report is None:
+                self.started = True
+                return
+            self.handle.report = report
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             text = f"its worker process ended ({name})" + (": out of memory?" if name == "SIGKILL" else "")
             self.handle.report = Report("lost", text)
+            if code > 0 and not self.started:
+                self.handle.report = Report("fatal", f"worker processes cannot start ({name})")
         self.handle = None
 
     def close(self) -> None:
