@@ -6,7 +6,6 @@ python -m benchmarks.bench_sweep        every number beside the limit that it mu
 from __future__ import annotations
 
 import contextlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,13 @@ from pathlib import Path
 from replicate.engine.base import Handle, Options
 from replicate.engine.local import LocalEngine
 from replicate.engine.sweep import sweep
+from replicate.engine.task import seconds_of
 from replicate.run import run_point
 from replicate.spec import Study, load_study
 from replicate.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANNED, COLLECTED, SWEPT = 5040, 1008, 96  # points, multiples of the spec's 24 per seed and T
+PLANNED, COLLECTED, SWEPT = 5040, 1008, 192  # points, multiples of the spec's 24 per seed and T
 LIMITS = {"plan": 2.0, "collect": 10.0, "overhead": 0.050}  # s, s, s per point
 
 SPEC = """\
@@ -69,17 +69,28 @@ def make_study(folder: Path, points: int, steps: list[int]) -> Study:
     return study
 
 
+# The peak is asked of the process itself: what `wait` says of a child includes its parent before `exec`.
+COMMAND = """
+import sys
+from replicate.cli import main
+main(sys.argv[1:])
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+sys.stderr.write(peak.split()[1])
+"""
+
+
 def command(*arguments: object) -> tuple[float, float]:
     """(seconds, peak MB) of a command of the package in a process of its own, imports included."""
     before = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "replicate", *map(str, arguments)],
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
         check=True,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         cwd=ROOT,
     )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest child so far
-    return time.perf_counter() - before, peak / 1024
+    return time.perf_counter() - before, int(done.stderr) / 1024
 
 
 @contextlib.contextmanager
@@ -117,11 +128,11 @@ def collect_cost(points: int) -> tuple[float, float]:
 
 
 @cache
-def overhead_seconds() -> float:
-    """Time per point beyond training and evaluation, on the local engine with one worker, after its imports.
+def sweep_cost() -> tuple[float, float, float]:
+    """(seconds per point beyond training and evaluation, peak MB of the second point, and of the last).
 
-    A point is submitted when the one before has ended. From the second to the last: claims, wave function,
-    sector, provenance, file, report.
+    On the local engine with one worker, after its imports. A point is submitted when the one before has
+    ended. From the second to the last: claims, wave function, sector, provenance, file, report.
     """
     with tempfile.TemporaryDirectory() as name:
         study = make_study(Path(name), SWEPT, [2])
@@ -134,14 +145,14 @@ def overhead_seconds() -> float:
 
         options = Options(workers=1, device="cpu", artifacts=Path(name))
         warm = [point for point in study.points if point.molecule.name == "H2"]
+        warm.append(warm.pop(2))  # so that the second and the last are of one network
         outcome = sweep(study, warm, options, lambda say: Watched(options))
         assert len(outcome.done) == len(warm)
-        store, training = Store.of(study, Path(name)), 0.0
-        for point in warm[1:-1]:
-            data = store.read_point(point.id)
-            assert data is not None
-            training += float(data["wall_seconds"]) + float(data["evaluation_seconds"])
-        return (submitted[-1] - submitted[1] - training) / (len(warm) - 2)
+        store = Store.of(study, Path(name))
+        stored = [store.read_point(point.id) for point in warm]
+        training = sum(seconds_of(data) for data in stored[1:-1] if data is not None)
+        second, last = (float(data["peak_memory_bytes"]) / 2**20 for data in (stored[1], stored[-1]) if data)
+        return (submitted[-1] - submitted[1] - training) / (len(warm) - 2), second, last
 
 
 class Sweep:
@@ -157,17 +168,19 @@ class Sweep:
         return collect_cost(COLLECTED)[0]
 
     def track_overhead_seconds(self) -> float:
-        return overhead_seconds()
+        return sweep_cost()[0]
 
 
 def main() -> int:
     """Print every number; 1 if one is beyond its limit."""
     few, (seconds, peak) = collect_cost(48)[1], collect_cost(COLLECTED)
-    found = {"plan": plan_seconds(), "collect": seconds, "overhead": overhead_seconds()}
+    overhead, second, last = sweep_cost()
+    found = {"plan": plan_seconds(), "collect": seconds, "overhead": overhead}
     texts = {
         "plan": f"plan of {PLANNED} points",
         "collect": f"collect of {COLLECTED} points (peak {peak:.0f} MB; of 48 points: {few:.0f} MB)",
-        "overhead": "a point beyond its training, local engine, after imports",
+        "overhead": "a point beyond its training, local engine, after imports (peak at the second: "
+        f"{second:.0f} MB; at number {SWEPT // 2}: {last:.0f} MB)",
     }
     for name, text in texts.items():
         sys.stdout.write(f"{text}: {found[name]:.3f} s (limit {LIMITS[name]} s)\n")
