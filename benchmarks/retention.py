@@ -1,6 +1,6 @@
 """RetNet's recurrent against its parallel form: FLOPs, and the clock beside them.
 
-    python -m benchmarks.retention [--rows 1024] [--repeats 15] [-o artifacts/cost]
+    python -m benchmarks.retention [--rows 1024] [--repeats 5] [-o artifacts/cost]
 
 In FLOPs the recurrent form is the cheaper one exactly where a sequence has more tokens than a head has
 channels, n/2 > d/h: retention is 4 T^2 d in parallel and 4 T d^2/h with a state. Measured are both forms of
@@ -59,7 +59,7 @@ class Row:
 def best_seconds(ways: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
     """Least wall time of each way; they take turns, so that a disturbance meets both."""
     best = dict.fromkeys(ways, float("inf"))
-    for _ in range(repeats + 1):  # the first turn warms up, and is never the best
+    for _ in range(repeats + 1):  # one more: the first turn warms up
         for name, call in ways.items():
             began = time.perf_counter()
             call()
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.retention", description="RetNet's recurrent against its parallel form."
     )
     made.add_argument("--rows", type=int, default=1024, help="sequences per pass (default: 1024)")
-    made.add_argument("--repeats", type=int, default=15, help="of which the best counts (default: 15)")
+    made.add_argument("--repeats", type=int, default=5, help="of which the best counts (default: 5)")
     made.add_argument("-o", "--output", type=Path, default=Path("artifacts/cost"), metavar="DIR")
     arguments = made.parse_args(argv)
     torch.set_num_threads(1)

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from synthetic_fit import write_fit
 
 import figures.catalogue  # noqa: F401  (registers all)
 from figures import cli, compute, style
-from figures.costs import short_seconds
+from figures.costs import mode_cells, short_seconds
 from figures.data import DataError, StudyData, load_study, study_from_tree
 from figures.effects import pair_variant
 from figures.readme import check, sections
-from figures.registry import MissingData, Plot, Quantity, Sheet, artefacts, gathered, number
+from figures.registry import Artefact, MissingData, Plot, Quantity, Sheet, artefacts, gathered, number
 from figures.render import Product, build, csv_text, write
 from figures.report import report_html
 from figures.verdicts import NOT_MEASURED
@@ -1185,7 +1186,8 @@ def test_unreadable_study_raises_data_error(tmp_path: Path) -> None:
 
 # -- the committed results --
 
-LAPTOP = Path(cli.__file__).parent.parent / "artifacts" / "laptop"
+ARTIFACTS = Path(cli.__file__).parent.parent / "artifacts"
+LAPTOP, COST = ARTIFACTS / "laptop", ARTIFACTS / "cost"
 
 
 @pytest.fixture(scope="module")
@@ -1193,16 +1195,29 @@ def laptop() -> StudyData:
     return load_study(LAPTOP / "cube.nc", LAPTOP / "fit.json")
 
 
-def test_readme_is_in_step_with_the_committed_results(laptop: StudyData) -> None:
-    """`python -m figures artifacts/laptop/cube.nc --readme README.md` would change nothing."""
-    readme = LAPTOP.parent.parent / "README.md"
+@pytest.fixture(scope="module")
+def cost() -> StudyData:
+    return load_study(COST / "cube.nc")
+
+
+def assert_in_step(readme: Path, study: StudyData, names: Iterable[str], link: str) -> None:
+    """Writing the marked sections of `readme` again would change nothing."""
     check(readme)
     text = readme.read_text(encoding="utf-8")
+    with style.house_style():
+        products = [Product(a, a.build(study)) for a in artefacts() if a.name in names]
+    found = sections(study, products, link)
+    marked = re.findall(r"<!-- figures:([\w-]+) -->", text)
+    assert set(marked) <= found.keys()
+    for name in marked:
+        assert f"<!-- figures:{name} -->\n{found[name].rstrip()}\n<!-- /figures:{name} -->" in text, name
+
+
+def test_readme_is_in_step_with_the_committed_results(laptop: StudyData, cost: StudyData) -> None:
+    """`python -m figures artifacts/laptop/cube.nc --readme README.md` would change nothing."""
     names = ("v_score_vs_n", "verdicts", "coefficients", "flops")
-    products = [Product(a, a.build(laptop)) for a in artefacts() if a.name in names]
-    wanted = sections(laptop, products, "artifacts/laptop/figures")
-    for name, body in wanted.items():
-        assert f"<!-- figures:{name} -->\n{body.rstrip()}\n<!-- /figures:{name} -->" in text, name
+    assert_in_step(ARTIFACTS.parent / "README.md", laptop, names, "artifacts/laptop/figures")
+    assert_in_step(COST / "README.md", cost, ("modes", "flops"), "figures")
 
 
 def test_readme_lists_what_is_not_measured_apart(laptop: StudyData) -> None:
@@ -1218,23 +1233,45 @@ def test_readme_lists_what_is_not_measured_apart(laptop: StudyData) -> None:
     assert f"| {NOT_MEASURED} |" not in table
 
 
-def test_committed_figures_are_in_step_with_the_committed_results(laptop: StudyData) -> None:
-    """Every committed CSV holds what the present code computes, up to the last bits of a logarithm."""
+def assert_committed(item: Artefact, study: StudyData, path: Path) -> None:
+    """The committed CSV holds what the present code computes, up to the last bits of a logarithm."""
+    try:
+        with style.house_style():
+            table = item.build(study).table
+    except MissingData:
+        assert not path.exists(), item.name
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == table.csv_header(), item.name
+    assert len(rows) == len(table.rows), item.name
+    for got, want in zip(rows, table.csv_rows(), strict=True):
+        for column, a, b in zip(header, got, want, strict=True):
+            assert a == b or float(a) == pytest.approx(float(b), rel=1e-9), (item.name, column)
+
+
+def test_committed_figures_are_in_step_with_the_committed_results(laptop: StudyData, cost: StudyData) -> None:
     for item in artefacts():
-        path = LAPTOP / "figures" / f"{item.name}.csv"
-        try:
-            with style.house_style():
-                table = item.build(laptop).table
-        except MissingData:
-            assert not path.exists(), item.name
-            continue
-        with path.open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        assert header == table.csv_header(), item.name
-        assert len(rows) == len(table.rows), item.name
-        for got, want in zip(rows, table.csv_rows(), strict=True):
-            for column, a, b in zip(header, got, want, strict=True):
-                assert a == b or float(a) == pytest.approx(float(b), rel=1e-9), (item.name, column)
+        assert_committed(item, laptop, LAPTOP / "figures" / f"{item.name}.csv")
+        if item.name in ("mode_shares", "modes", "flops"):
+            assert_committed(item, cost, COST / "figures" / f"{item.name}.csv")
+
+
+def test_committed_costs_are_of_every_mode_and_molecule(cost: StudyData) -> None:
+    """What issue and README promise of artifacts/cost: three modes of three molecules, seven in `exact`."""
+    assert cost.counts() == {"done": 39, "failed": 0, "invalid": 0, "missing": 0}
+    cells = {(c.molecule, c.ansatz, c.mode) for c in mode_cells(cost)}
+    kinds, modes = ("made", "transformer", "retnet"), ("paper", "exact", "sampled")
+    assert cells == set(itertools.product(("H2O", "N2", "Li2O"), kinds, modes))
+    seven = ("H2O", "N2", "O2", "H2S", "PH3", "LiCl", "Li2O")
+    assert {key for key, _ in cost.headline.groups("molecule", "ansatz")} == set(
+        itertools.product(seven, kinds)
+    )
+    (origin,) = cost.provenance["origins"]
+    assert origin["code"]["dirty"] is False
+    there = {path.name for path in (COST / "figures").iterdir()}
+    endings = {"mode_shares": ("csv", "pdf", "svg"), "modes": ("csv", "md"), "flops": ("csv", "md")}
+    assert there == {f"{name}.{ending}" for name, ends in endings.items() for ending in ends}
 
 
 def test_committed_figures_are_whole(laptop: StudyData) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import sys
 import time
@@ -114,6 +115,22 @@ def test_crossing_is_the_length_from_which_on_it_pays() -> None:
     rows = [replace(row, tokens=t, pass_seconds_parallel=g, pass_seconds_recurrent=1.0) for t, g in times]
     assert retention.crossing(rows, "pass_seconds") == "8"
     assert retention.crossing(rows[:2], "pass_seconds") == "none up to 6"
+
+
+def test_committed_forms_are_those_of_the_closed_forms() -> None:
+    """artifacts/cost/retention.csv: FLOPs as counted now, and recurrent ahead exactly where n/2 > d/h."""
+    path = Path(__file__).parents[1] / "artifacts" / "cost" / "retention.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(retention.TOKENS) * len(retention.HEADS)
+    for row in rows:
+        tokens, d_head = int(row["tokens"]), int(row["d_head"])
+        params = {"d": retention.D, "heads": retention.D // d_head, "ff": 4 * retention.D, "layers": 1}
+        parallel, recurrent = int(row["pass_flops_parallel"]), int(row["pass_flops_recurrent"])
+        assert parallel == flops.forward_estimate("retnet", params, 2 * tokens)
+        assert recurrent == flops.recurrent_estimate(params, 2 * tokens)
+        assert (recurrent < parallel) == (tokens > d_head)
+        assert float(row["pass_seconds_recurrent"]) > 0
 
 
 @pytest.mark.parametrize(
