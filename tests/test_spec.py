@@ -401,6 +401,16 @@ def test_planning_5000_points_takes_two_seconds(write_spec: WriteSpec, tmp_path:
     assert time.process_time() - began <= 2.0
 
 
+def test_time_of_a_step_that_reuses_nothing_is_planned_from_the_estimate() -> None:
+    from replicate.plan import FLOP_PER_SECOND, estimate
+
+    point = next(p for p in load_study(SPECS / "questions" / "cost.toml").points if p.local_energy == "paper")
+    known = estimate(point)
+    assert known.flops is not None
+    assert known.seconds is not None
+    assert known.flops / FLOP_PER_SECOND < known.seconds < known.flops / FLOP_PER_SECOND + point.steps
+
+
 def test_planning_loads_nothing_heavy(write_spec: WriteSpec) -> None:
     code = (
         "import sys; from replicate.cli import main; main(['plan', sys.argv[1], '--json']);"
