@@ -139,18 +139,7 @@ def cost_shares(study: StudyData) -> Plot:
                     continue
                 values = parts[group]
                 mean = float(np.mean(values))
-                colour, hatch = _LOOKS[group]
-                axis.barh(
-                    y,
-                    mean,
-                    left=left,
-                    height=0.72,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor=style.PAPER,
-                    lw=0.3,
-                    gid=f"{how}:{group}",
-                )
+                _segment(axis, group, place=y, left=left, share=mean, height=0.72, gid=f"{how}:{group}")
                 left += mean
                 rows.append(
                     {
@@ -377,24 +366,32 @@ def _bars(cells: Mapping[str, ModeCell]) -> Iterator[tuple[str, ModeCell, str, s
         place += 2.2
 
 
+def _segment(
+    axis: Axes, group: str, *, place: float, left: float, share: float, height: float, gid: str
+) -> None:
+    """A part's piece of a stacked bar."""
+    colour, hatch = _LOOKS[group]
+    axis.barh(
+        place,
+        share,
+        left=left,
+        height=height,
+        color=colour,
+        hatch=hatch,
+        edgecolor=style.PAPER,
+        lw=0.3,
+        gid=gid,
+    )
+
+
 def _stack(axis: Axes, cell: ModeCell, how: str, place: float) -> None:
     """One bar of a cell's shares by one accounting."""
     left = 0.0
     for group in GROUPS:
         share = cell.shares[how].get(group, 0.0)
         if share > 0:
-            colour, hatch = _LOOKS[group]
-            axis.barh(
-                place,
-                share,
-                left=left,
-                height=0.8,
-                color=colour,
-                hatch=hatch,
-                edgecolor=style.PAPER,
-                lw=0.3,
-                gid=f"{how}:{cell.mode}:{group}",
-            )
+            gid = f"{how}:{cell.mode}:{group}"
+            _segment(axis, group, place=place, left=left, share=share, height=0.8, gid=gid)
             left += share
 
 

@@ -77,9 +77,8 @@ def estimate(point: Point, seconds_per_step: float | None = None) -> Estimate:
         connected = space if batch == space else min(space, reached)
         weights = PREFIXES_PER_DETERMINANT * counts[0] + counts[1]
         local_energy = 2.0 * weights * (connected if batch < space else 0)
-        work = (
-            local_energy + 6.0 * weights * batch
-        )  # forward and backward; one pass serves all where batch = space
+        # Forward and backward; one pass serves the local energies too where batch = space.
+        work = local_energy + 6.0 * weights * batch
         if point.local_energy == "paper" and total is not None:
             work = total / point.steps  # nothing is reused: what the estimate counts is what runs
         overhead = STEP_SECONDS.get(point.ansatz.kind, 5e-3) + ROW_SECONDS * connected
