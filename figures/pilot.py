@@ -53,16 +53,19 @@ def rate_variants(study: StudyData) -> dict[str, float]:
 
 
 def rate_runs(study: StudyData) -> Points:
-    """Runs of any state on the grid of learning rates, with a column `rate`; cells that every rate has."""
+    """Runs of any state on the grid of learning rates, with a column `rate`; cells that have every rate that
+    their ansatz has anywhere."""
     rates = rate_variants(study)
     rows = study.points.where(np.isin(study.points["variant"], list(rates)))
     rows = rows.with_column("rate", np.array([rates[v] for v in rows["variant"]], float))
     cells = _cells(rows)
     tried: dict[tuple[str, ...], set[float]] = {}
-    for cell, rate in zip(cells, rows["rate"], strict=True):
+    grid: dict[str, set[float]] = {}
+    for cell, ansatz, rate in zip(cells, rows["ansatz"], rows["rate"], strict=True):
         tried.setdefault(cell, set()).add(float(rate))
-    full = len(set(rates.values()))
-    return rows.where(np.array([len(tried[cell]) == full for cell in cells], bool))
+        grid.setdefault(str(ansatz), set()).add(float(rate))
+    full = [tried[cell] == grid[str(ansatz)] for cell, ansatz in zip(cells, rows["ansatz"], strict=True)]
+    return rows.where(np.array(full, bool))
 
 
 def _cells(rows: Points) -> list[tuple[str, ...]]:

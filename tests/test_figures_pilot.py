@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,14 @@ import xarray as xr
 from synthetic_cube import CubeOptions, Variant, synthetic_cube
 
 from figures.data import StudyData, study_from_tree
-from figures.pilot import choose_rates, learning_rate_choice, learning_rates, plateaus, rate_variants
+from figures.pilot import (
+    choose_rates,
+    learning_rate_choice,
+    learning_rates,
+    plateaus,
+    rate_runs,
+    rate_variants,
+)
 from figures.registry import MissingData
 
 RATES = {"base": 5e-3, "low": 1e-3, "high": 2e-2}
@@ -127,3 +135,17 @@ def test_runs_at_hartree_fock_are_counted() -> None:
     assert study.points.ids[first] in str(row["point_ids"]).split()
     assert row["between"] >= 1
     assert row["stuck"] + row["between"] + row["accurate"] == row["runs"]
+
+
+def test_each_ansatz_has_a_grid_of_its_own() -> None:
+    study = pilot({"s": 1e-3, "m": 1e-3})
+    points = study.points
+    absent = (points["ansatz"] == "made") & (points["variant"] == "low")
+    only_retnet = dataclasses.replace(study, points=points.where(~absent))
+    chosen = {c.ansatz: c for c in choose_rates(only_retnet)}
+    assert set(chosen["retnet"].scores) == set(RATES.values())
+    assert set(chosen["made"].scores) == {5e-3, 2e-2}
+    # A cell that lacks a rate which its ansatz has elsewhere is left out: it would favour that rate.
+    hole = (points["ansatz"] == "made") & (points["variant"] == "low") & (points["size"] == "m")
+    cells = rate_runs(dataclasses.replace(study, points=points.where(~hole)))
+    assert cells.only(ansatz="made").unique("size") == ["s"]
