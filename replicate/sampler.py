@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from replicate.ansatz.base import Level, State, WaveFunction, log_conditionals
+from replicate.capture import Dial
 from replicate.sector import TOKENS
 from replicate.tree import START
 
@@ -35,7 +36,7 @@ class Samples:
         return self.counts / self.counts.sum()
 
 
-def split_binary(n_samples: int, prob: Tensor, generator: torch.Generator) -> Tensor:
+def split_binary(n_samples: Dial, prob: Tensor, generator: torch.Generator) -> Tensor:
     """Joint multinomial counts by halving contiguous ranges: float64 prob (size,) -> float64 (size,).
 
     log2(size) vectorised rounds of binomials instead of `size` dependent ones; exact up to 2^53 samples.
@@ -46,7 +47,7 @@ def split_binary(n_samples: int, prob: Tensor, generator: torch.Generator) -> Te
     sums = [torch.nn.functional.pad(prob, (0, (1 << depth) - size))]
     for _ in range(depth):
         sums.append(sums[-1].view(-1, 2).sum(1))
-    counts = torch.full_like(sums[-1], float(n_samples))
+    counts = torch.ones_like(sums[-1]) * n_samples
     if not depth:
         return counts
     # The chance of the left half at every node of the tree of sums, all in one go: few operators.
@@ -120,7 +121,7 @@ def whole_passes(wave: WaveFunction) -> Advance:
 @torch.no_grad()
 def sample_tree(
     wave: WaveFunction,
-    n_samples: int,
+    n_samples: Dial,
     batch_max: int,
     generator: torch.Generator,
     advance: Advance | None = None,

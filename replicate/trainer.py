@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from replicate import flops, schedules
 from replicate.ansatz import build_wave_function
+from replicate.capture import Dial, StepGraph, is_on
 from replicate.energy import (
     LOCAL_ENERGY,
     Evaluated,
@@ -117,10 +118,14 @@ def train(
     device: str | torch.device = "cpu",
     resume: Checkpoint | None = None,
     group: Group = ALONE,
+    capture: bool = True,
 ) -> Training:
-    """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), new or resumed."""
+    """A run of `point` on `problem` (a Hamiltonian, or a molecule that has one), new or resumed.
+
+    `capture`: record steps of fixed shapes as a CUDA graph, where `device` is a GPU.
+    """
     hamiltonian = problem if isinstance(problem, Hamiltonian) else problem.hamiltonian
-    return Training(point, hamiltonian, torch.device(device), resume, group)
+    return Training(point, hamiltonian, torch.device(device), resume, group, capture)
 
 
 PARTS = ("sampling", "forward", "local_energy", "backward")
@@ -131,7 +136,8 @@ class Stopwatch:
     """Seconds by part of a step: `lap` ends a part, `stop` the step.
 
     On CUDA the marks are events of the stream, since kernels run after the calls that ask for them; `stop`
-    expects that the step has just been waited for.
+    expects that the step has just been waited for. Marks made while a graph is recorded are part of it, and
+    `stop` reads them after every replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -142,7 +148,7 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
@@ -173,6 +179,7 @@ class Training:
         device: torch.device,
         resume: Checkpoint | None,
         group: Group = ALONE,
+        capture: bool = True,
     ) -> None:
         keep_freed_memory()
         self.point, self.device, self.hamiltonian, self.group = point, device, hamiltonian, group
@@ -198,6 +205,7 @@ class Training:
             betas=(point.train.beta1, point.train.beta2),
             eps=point.train.eps,
             fused=True,
+            capturable=device.type == "cuda",
         )
         self.regime = choose_regime(point, self.sector, hamiltonian.n_unique_flips)
         self._batch: SectorBatch | None = None
@@ -207,6 +215,11 @@ class Training:
         self.flops_parts = dict.fromkeys(PARTS, 0)  # executed, of the steps made here
         if resume is not None:
             self._restore(resume)
+        fixed = self.regime == "whole" and point.sampling.batch_max >= self.sector.size and group.size == 1
+        self._parts: dict[str, int] = {}  # executed FLOPs of the last step made as it is
+        self._step: Callable[..., Tensor] = self._update
+        if capture and fixed and device.type == "cuda":
+            self._step = StepGraph(self._update, device, self.generator)
 
     @property
     def n_modulus(self) -> int:
@@ -233,29 +246,31 @@ class Training:
         drawn = schedules.n_samples(spec.sampling, step, steps)
         rate = schedules.learning_rate(spec.train, step, steps)
         entropy = schedules.annealing(spec.train, step, steps)
-        take = self._whole_step if self.regime == "whole" else self._tree_step
-        outcome, parts = take(drawn, entropy)
-        parts = self.group.total(parts)
+        # The only transfer from the device: everything a record needs, at once.
+        energy, variance, n_unique, grad_norm = self._step(drawn, entropy, rate).tolist()
+        self.watch.stop()
+        parts = self.group.total(self._parts)
         for name, executed in parts.items():
             self.flops_parts[name] += executed
-
-        self.group.sum_gradients(self.weights.values())
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.weights.values(), spec.train.clip or math.inf, foreach=True
-        )
-        self.optimiser.param_groups[0]["lr"] = rate
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        # The only transfer from the device: everything a record needs, at once.
-        numbers = torch.cat([outcome, norm.to(torch.float64).view(1)]).tolist()
-        energy, variance, n_unique, grad_norm = numbers
-        self.watch.lap("backward")
-        self.watch.stop()
         if not math.isfinite(energy) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step + 1}: energy {energy}, gradient norm {grad_norm}")
         self.step += 1
         total = sum(parts.values())
         return Record(self.step, energy, variance, int(n_unique), drawn, rate, grad_norm, entropy, total)
+
+    def _update(self, drawn: Dial, entropy: Dial, rate: Dial) -> Tensor:
+        """Energy, variance, unique samples, gradient norm before the update: float64 (4,), on the device."""
+        take = self._whole_step if self.regime == "whole" else self._tree_step
+        outcome, self._parts = take(drawn, entropy)
+        weights = self.weights.values()
+        self.group.sum_gradients(weights)
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.point.train.clip or math.inf, foreach=True)
+        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        numbers = torch.cat([outcome, norm.to(torch.float64).view(1)])
+        self.watch.lap("backward")
+        return numbers
 
     # -- the whole sector in one pass -----------------------------------------------------------------------
 
@@ -274,7 +289,7 @@ class Training:
             self._batch = SectorBatch(keys, cuts, rows, tree, self.wave.phase.inputs(keys[rows]), matrix)
         return self._batch
 
-    def _whole_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
+    def _whole_step(self, n_samples: Dial, entropy: Dial) -> tuple[Tensor, dict[str, int]]:
         batch, group = self.batch, self.group
         self.watch.start()
         log_prob = self.wave.log_prob(batch.tree)
@@ -291,7 +306,7 @@ class Training:
                 psi = psi * (counts > 0).unsqueeze(1)
             own = local_from_product(psi[batch.rows], batch.matrix @ psi)
             outcome = self._outcome(group.gather(own, batch.cuts), weights, counts)
-            mean_log_prob = (weights * every_log_prob).sum() if entropy else 0.0
+            mean_log_prob = (weights * every_log_prob).sum() if is_on(entropy) else 0.0
         self.watch.lap("local_energy")
         self._backward(log_prob, phase, own, weights[batch.rows], outcome, entropy, mean_log_prob)
         return outcome, self._whole_flops
@@ -308,7 +323,7 @@ class Training:
             "backward": self.network_flops.tree(cost, backward=True),
         }
 
-    def _draw(self, n_samples: int, log_prob: Tensor) -> Tensor:
+    def _draw(self, n_samples: Dial, log_prob: Tensor) -> Tensor:
         """Counts of the sector's determinants: float64 (size,)."""
         if not self.group.first:
             return self.group.broadcast(torch.empty_like(log_prob))
@@ -326,7 +341,7 @@ class Training:
 
     # -- a growing tree of samples --------------------------------------------------------------------------
 
-    def _tree_step(self, n_samples: int, entropy: float) -> tuple[Tensor, dict[str, int]]:
+    def _tree_step(self, n_samples: Dial, entropy: Dial) -> tuple[Tensor, dict[str, int]]:
         spec, count, executed = self.point, self.network_flops, dict.fromkeys(PARTS, 0)
         self.watch.start()
         anew = self._advance_anew
@@ -346,7 +361,7 @@ class Training:
             else:
                 found = LOCAL_ENERGY[spec.local_energy](*place)
             outcome = self._outcome(found.values, weights, samples.counts)
-            mean_log_prob = (weights * found.log_prob).sum() if entropy else 0.0
+            mean_log_prob = (weights * found.log_prob).sum() if is_on(entropy) else 0.0
         cost = found.cost
         passes = count.flat(cost.determinants) if self.no_reuse else count.tree(cost)
         executed["local_energy"] = found.element_flops + passes
@@ -379,7 +394,7 @@ class Training:
 
     def _sample(
         self,
-        n_samples: int,
+        n_samples: Dial,
         batch_max: int,
         generator: torch.Generator,
         advance: Advance | None = None,
@@ -440,7 +455,7 @@ class Training:
         local: Tensor,
         weights: Tensor,
         outcome: Tensor,
-        entropy: float,
+        entropy: Dial,
         mean_log_prob: Tensor | float,
     ) -> None:
         """Accumulate 2 Re E[(E_loc - E)^* d log psi], log psi = 1/2 log p + i phi (SCIENCE.md section 3).
@@ -449,7 +464,7 @@ class Training:
         `outcome` and `mean_log_prob` are of all samples, the rest of any part of them.
         """
         signal = local.real - outcome[0]
-        if entropy:
+        if is_on(entropy):
             signal = signal + entropy * (log_prob.detach() - mean_log_prob)
         to_log_prob = weights * signal
         to_phase = (2 * weights * local.imag).to(phase.dtype)

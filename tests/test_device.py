@@ -5,28 +5,27 @@ Where there is a GPU the same steps also run on it.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chemistry import molecule, spec
+from devices import DEVICES, needs_gpu
 from networks import KINDS, PARAMS
 
-from replicate.spec import AnsatzSpec, PhaseSpec, Point, SamplingSpec
-from replicate.trainer import train
+from replicate.energy import LOCAL_ENERGY
+from replicate.spec import AnsatzSpec, EvaluationSpec, PhaseSpec, Point, SamplingSpec
+from replicate.trainer import Training, train
 
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from benchmarks.counting import count_transfers
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
 
 
 def make_point(kind: str, **changes: Any) -> Point:
@@ -90,3 +89,106 @@ def test_steps_on_every_device(device: str, kind: str, regime: str) -> None:
     reference = train(point, molecule("LiH")).advance()
     assert first.energy == pytest.approx(reference.energy, abs=1e-4)
     assert all(weight.device.type == device for weight in run.weights.values())
+
+
+# -- a GPU against this CPU ------------------------------------------------------------------------------
+
+
+def far_from_start(run: Training) -> None:
+    """The same random step away from the initial parameters on every device."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in run.weights.values():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight += (0.1 * noise).to(weight)
+
+
+def pair(point: Point, name: str) -> tuple[Training, Training]:
+    """The same run on the CPU and on the GPU."""
+    runs = train(point, molecule(name)), train(point, molecule(name), device="cuda")
+    for run in runs:
+        far_from_start(run)
+    return runs
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """|value - reference| / |reference|; NaN stays NaN."""
+    value, reference = value.detach().cpu(), reference.detach()
+    return float((value - reference).norm() / reference.norm())
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "bound"), [("float64", 1e-10), ("float32", 1e-4)])
+@pytest.mark.parametrize("name", ["LiH", "CH2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_gives_the_numbers_of_the_cpu(kind: str, name: str, precision: str, bound: float) -> None:
+    """log p, phi and their gradients over the sector, local energies in three modes, the final state."""
+    runs = pair(make_point(kind, molecule=spec(name), precision=precision), name)
+    seen: list[dict[str, torch.Tensor]] = []
+    for run in runs:
+        log_prob = run.wave.log_prob(run.batch.tree)
+        phase = run.wave.phase.evaluate(*run.batch.phase_inputs)
+        (log_prob.sum() + (phase * torch.arange(len(phase), device=run.device)).sum()).backward()
+        numbers = {"log p": log_prob, "phi": phase}
+        numbers |= {f"d {n}": w.grad for n, w in run.weights.items() if w.grad is not None}
+        keys = run.batch.keys[::2].contiguous()
+        for mode, local in LOCAL_ENERGY.items():
+            numbers[mode] = local(run.wave, run.kernel, keys, 1000).values
+        final = run.evaluate()
+        numbers["energy"] = torch.tensor([final.energy, final.variance], dtype=torch.float64)
+        seen.append(numbers)
+    assert len(seen[0]) > 8
+    for what, reference in seen[0].items():
+        if reference.norm() > 0:
+            assert relative(seen[1][what], reference) < bound, what
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("regime", ["whole", "tree"])
+def test_gpu_waits_for_nothing_but_its_record(kind: str, regime: str) -> None:
+    """What CUDA itself counts as a wait: one in the one-pass regime; two a level and a few in the other."""
+    run = train(make_point(kind, sampling=SamplingSpec(regime=regime)), molecule("LiH"), device="cuda")
+    for _ in range(3):
+        run.advance()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run.advance()
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    most = 3 if regime == "whole" else 2 * run.sector.n_orbitals + 14
+    assert 1 <= len(waits) <= most, len(waits)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_run_ends_where_the_cpu_run_ends(kind: str) -> None:
+    """Three hundred steps of the same point: different samples, the same physics."""
+    point = make_point(kind, steps=300, evaluation=EvaluationSpec(exact_limit=1000))
+    energies = []
+    for device in ("cpu", "cuda"):
+        run = train(point, molecule("LiH"), device=device)
+        for record in run:
+            assert math.isfinite(record.energy)
+        energies.append(run.evaluate().energy)
+    reference = molecule("LiH")
+    assert reference.e_fci is not None
+    assert min(energies) >= reference.e_fci - 1e-9
+    assert abs(energies[0] - energies[1]) < 0.25 * (reference.e_hf - reference.e_fci)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_run_goes_on_from_its_checkpoint(kind: str) -> None:
+    point = make_point(kind, steps=8)
+    whole = train(point, molecule("LiH"), device="cuda")
+    saved = None
+    for record in whole:
+        if record.step == 4:
+            saved = whole.checkpoint()
+    assert saved is not None
+    resumed = train(point, molecule("LiH"), device="cuda", resume=saved)
+    assert [record.step for record in resumed] == [5, 6, 7, 8]
+    for name, weight in whole.weights.items():
+        assert relative(resumed.weights[name], weight.cpu()) < 1e-4

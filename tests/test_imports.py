@@ -22,6 +22,7 @@ ORDER = [
     "patterns",
     "hamiltonian",
     "tree",
+    "capture",
     "ansatz",
     "ranks",
     "sampler",

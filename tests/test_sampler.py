@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import KINDS, SECTORS, wave_function
@@ -16,15 +17,15 @@ from replicate.sector import Sector
 from replicate.tree import START, build_tree
 
 
-def exact(kind: str, sector: Sector, seed: int = 0) -> tuple:
-    wave = wave_function(sector, kind, seed)
-    keys = torch.as_tensor(sector.enumerate_keys())
+def exact(kind: str, sector: Sector, seed: int = 0, device: str = "cpu") -> tuple:
+    wave = wave_function(sector, kind, seed).to(device)
+    keys = torch.as_tensor(sector.enumerate_keys(), device=device)
     with torch.no_grad():
         return wave, keys, wave.log_prob(build_tree(keys, sector)).exp()
 
 
 def on_sector(keys: torch.Tensor, samples_keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros(keys.shape, dtype=torch.float64)
+    out = torch.zeros(keys.shape, dtype=torch.float64, device=keys.device)
     out[torch.searchsorted(keys, samples_keys)] = counts
     return out
 
@@ -32,8 +33,8 @@ def on_sector(keys: torch.Tensor, samples_keys: torch.Tensor, counts: torch.Tens
 def chi_square_p(counts: torch.Tensor, prob: torch.Tensor) -> float:
     """p-value of observed counts; cells expected fewer than five times are pooled."""
     total = counts.sum().item()
-    expected = (prob * total).numpy()
-    seen = counts.numpy()
+    expected = (prob * total).cpu().numpy()
+    seen = counts.cpu().numpy()
     large = expected >= 5
     cells = np.append(seen[large], seen[~large].sum())
     means = np.append(expected[large], expected[~large].sum())
@@ -41,15 +42,16 @@ def chi_square_p(counts: torch.Tensor, prob: torch.Tensor) -> float:
     return float(stats.chisquare(cells[keep], means[keep] * cells[keep].sum() / means[keep].sum()).pvalue)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SECTORS[:3])
-def test_counts_follow_the_distribution(kind: str, shape: tuple[int, int, int]) -> None:
+def test_counts_follow_the_distribution(kind: str, shape: tuple[int, int, int], device: str) -> None:
     """Both regimes, 50 000 samples, several seeds together: p > 0.01 for these fixed seeds."""
     sector = Sector(*shape)
-    wave, keys, prob = exact(kind, sector)
+    wave, keys, prob = exact(kind, sector, device=device)
     tree_counts, joint_counts = torch.zeros_like(prob), torch.zeros_like(prob)
     for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         samples = sample_tree(wave, 10_000, sector.size, generator)
         assert samples.counts.sum() == 10_000
         tree_counts += on_sector(keys, samples.keys, samples.counts)
@@ -62,38 +64,43 @@ def test_counts_follow_the_distribution(kind: str, shape: tuple[int, int, int]) 
     assert chi_square_p(tree_counts, wrong) < 1e-6  # the test can fail
 
 
-def test_counts_have_multinomial_spread() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drawn", [1000, 10**12])
+def test_counts_have_multinomial_spread(device: str, drawn: int) -> None:
     """Variance of the counts is n p (1 - p) in both regimes, not only their mean."""
     sector = Sector(4, 2, 2)
-    wave, keys, prob = exact("made", sector)
+    wave, keys, prob = exact("made", sector, device=device)
     draws = {"tree": [], "joint": []}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for _ in range(400):
-        samples = sample_tree(wave, 1000, sector.size, generator)
+        samples = sample_tree(wave, drawn, sector.size, generator)
         draws["tree"].append(on_sector(keys, samples.keys, samples.counts))
-        draws["joint"].append(split_binary(1000, prob, generator))
+        draws["joint"].append(split_binary(drawn, prob, generator))
     for counts in draws.values():
         variance = torch.stack(counts).var(0)
-        ratio = (variance / (1000 * prob * (1 - prob)))[prob > 0.01]
+        ratio = (variance / (drawn * prob * (1 - prob)))[prob > 0.01]
         assert 0.85 < ratio.mean().item() < 1.15
 
 
-def test_split_tokens_is_multinomial() -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_split_tokens_is_multinomial(device: str) -> None:
+    generator = torch.Generator(device).manual_seed(0)
     prob = torch.tensor(
         [[0.1, 0.2, 0.3, 0.4], [0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.5]], dtype=torch.float64
     )
-    counts = split_tokens(torch.full((3,), 1e6, dtype=torch.float64), prob, generator)
+    drawn = torch.full((3,), 1e6, dtype=torch.float64, device=device)
+    counts = split_tokens(drawn, prob.to(device), generator).cpu()
     assert torch.equal(counts.sum(1), torch.full((3,), 1e6, dtype=torch.float64))
     assert ((counts > 0) == (prob > 0)).all()
     assert stats.chisquare(counts[0].numpy(), 1e6 * prob[0].numpy()).pvalue > 0.01
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_counts_are_exact_integers(kind: str) -> None:
+def test_huge_counts_are_exact_integers(kind: str, device: str) -> None:
     sector = Sector(7, 5, 5)
-    wave, keys, prob = exact(kind, sector)
-    generator = torch.Generator().manual_seed(1)
+    wave, keys, prob = exact(kind, sector, device=device)
+    generator = torch.Generator(device).manual_seed(1)
     samples = sample_tree(wave, 10**12, sector.size, generator)
     joint = split_binary(10**12, prob, generator)
     for counts in (on_sector(keys, samples.keys, samples.counts), joint):
