@@ -24,7 +24,8 @@ class Choice:
     """The learning rate of one ansatz and size.
 
     `scores`: rate -> mean over cells (molecule, T) of the mean over seeds of ln |E - E_FCI|, for
-    rates whose runs all are valid; `smooth`: the same with the neighbouring sizes mixed in.
+    rates whose runs all are valid; `smooth`: the same with the neighbouring sizes mixed in; `error`: the
+    standard error of the best of these.
     """
 
     ansatz: str
@@ -32,6 +33,7 @@ class Choice:
     rate: float
     scores: Mapping[float, float]
     smooth: Mapping[float, float]
+    error: float
     ids: tuple[str, ...]
 
 
@@ -74,32 +76,51 @@ def _cells(rows: Points) -> list[tuple[str, ...]]:
 
 
 def choose_rates(study: StudyData) -> list[Choice]:
-    """The rule: per ansatz and size, the rate with the lowest mean ln |E - E_FCI|.
+    """The rule: per ansatz and size, the lowest rate whose mean ln |E - E_FCI| is within one standard error of
+    the best one's.
 
     The mean is over seeds, then over cells of molecule and T, each with one weight. A rate with a failed or
     invalid run is out. Single runs are bimodal (a plateau or not), so that a size counts twice and each of
-    its neighbours in N once.
+    its neighbours in N once. The error comes from the spread of seeds, pooled over the ansatz's cells. Of
+    rates that cannot be told apart the lowest is the safest: too high a rate collapses single runs.
     """
     rows = rate_runs(study)
     chosen = []
     for (ansatz,), own in rows.groups("ansatz"):
         sizes = own.unique("size")
         scores = [_scores(own.only(size=size)) for size in sizes]
+        spread = _seed_variance(own)
         for i, size in enumerate(sizes):
-            near = [(scores[j], 2.0 if j == i else 1.0) for j in (i - 1, i, i + 1) if 0 <= j < len(sizes)]
-            common = [rate for rate in scores[i] if all(rate in other for other, _ in near)]
+            near = [(j, 2.0 if j == i else 1.0) for j in (i - 1, i, i + 1) if 0 <= j < len(sizes)]
+            common = [rate for rate in scores[i] if all(rate in scores[j] for j, _ in near)]
             if not common:
                 raise MissingData(f"{ansatz}/{size}: no learning rate without a failed or invalid run")
-            smooth = {
-                rate: sum(weight * other[rate] for other, weight in near) / sum(w for _, w in near)
-                for rate in common
-            }
+            total = sum(weight for _, weight in near)
+            smooth = {rate: sum(w * scores[j][rate] for j, w in near) / total for rate in common}
             best = min(smooth, key=lambda rate: (smooth[rate], rate))
+            noise = [(w / total) ** 2 * _mean_variance(own.only(size=sizes[j], rate=best)) for j, w in near]
+            error = math.sqrt(spread * sum(noise))
+            rate = min(rate for rate in smooth if smooth[rate] <= smooth[best] + error)
             ids = tuple(own.only(size=size).ids)
-            chosen.append(Choice(str(ansatz), str(size), best, scores[i], smooth, ids))
+            chosen.append(Choice(str(ansatz), str(size), rate, scores[i], smooth, error, ids))
     if not chosen:
         raise MissingData("no cell has runs at every learning rate")
     return chosen
+
+
+def _seed_variance(rows: Points) -> float:
+    """Variance of ln |E - E_FCI| between seeds, pooled over cells and rates; 0 where each has one seed."""
+    squares, freedom = 0.0, 0
+    for _, runs in rows.where(rows["abs_error"] > 0).groups("molecule", "steps", "size", "rate"):
+        squares += float(((np.log(runs["abs_error"]) - np.log(runs["abs_error"]).mean()) ** 2).sum())
+        freedom += len(runs) - 1
+    return squares / freedom if freedom else 0.0
+
+
+def _mean_variance(rows: Points) -> float:
+    """Variance of the mean over cells of the mean over seeds, for runs of variance one."""
+    seeds = [len(runs) for _, runs in rows.groups("molecule", "steps")]
+    return sum(1 / n for n in seeds) / len(seeds) ** 2
 
 
 def _scores(rows: Points) -> dict[float, float]:
@@ -252,9 +273,10 @@ def learning_rate_choice(study: StudyData) -> Sheet:
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        "Rule: per ansatz and size the rate with the lowest mean of ln |E − E_FCI| over seeds and over cells "
-        "of molecule and T, the neighbouring sizes counted at half weight; a rate with a failed or invalid "
-        "run is out. Errors are geometric means of the size's own runs."
+        "Rule: per ansatz and size the lowest rate whose mean of ln |E − E_FCI|, over seeds and over cells of "
+        "molecule and T, the neighbouring sizes counted at half weight, is within one standard error of the "
+        "best rate's (from the spread of seeds, pooled over the ansatz); a rate with a failed or invalid run is "
+        "out. Errors are geometric means of the size's own runs."
     )
     return Sheet(Table(columns, tuple(rows)), caption)
 
@@ -299,15 +321,15 @@ def plateaus(study: StudyData) -> Sheet:
         Column("molecule", "molecule"),
         Column("ansatz", "ansatz"),
         Column("runs", "runs"),
-        Column("stuck", "at Hartree-Fock"),
+        Column("stuck", "at or above Hartree-Fock"),
         Column("between", "between"),
         Column("accurate", "chemically accurate"),
         Column("median", "median error (Ha)"),
-        Column("stuck_ids", "ids at Hartree-Fock", csv_only=True),
+        Column("stuck_ids", "ids at or above Hartree-Fock", csv_only=True),
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        f"Finished runs by what became of them. At Hartree-Fock: less than {PLATEAU_SHARE:.0%} of the "
+        f"Finished runs by what became of them. At or above Hartree-Fock: less than {PLATEAU_SHARE:.0%} of the "
         f"correlation energy recovered. Chemically accurate: within {1e3 * style.CHEMICAL_ACCURACY:g} mHa of "
         "FCI."
     )
