@@ -88,8 +88,18 @@ def measure(case: Case, device: str, way: str, repeats: int) -> Row:
     executed = run.advance().flops_executed
     memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else 0.0
     name = torch.cuda.get_device_name() if gpu else "CPU, one thread"
-    size = run.n_modulus + run.n_phase
-    return Row(*asdict(case).values(), name, way, 1e3 * seconds, executed / seconds / 1e9, size, memory)
+    return Row(
+        case.molecule,
+        case.ansatz,
+        case.size,
+        case.mode,
+        name,
+        way,
+        1e3 * seconds,
+        executed / seconds / 1e9,
+        run.n_modulus + run.n_phase,
+        memory,
+    )
 
 
 def profile(case: Case, device: str, way: str) -> str:

@@ -76,8 +76,8 @@ def _cells(rows: Points) -> list[tuple[str, ...]]:
 
 
 def choose_rates(study: StudyData) -> list[Choice]:
-    """The rule: per ansatz and size, the lowest rate whose mean ln |E - E_FCI| is within one standard error of
-    the best one's.
+    """The rule: per ansatz and size, the lowest rate whose mean ln |E - E_FCI| is within one standard error
+    of the best one's.
 
     The mean is over seeds, then over cells of molecule and T, each with one weight. A rate with a failed or
     invalid run is out. Single runs are bimodal (a plateau or not), so that a size counts twice and each of
@@ -273,10 +273,10 @@ def learning_rate_choice(study: StudyData) -> Sheet:
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        "Rule: per ansatz and size the lowest rate whose mean of ln |E − E_FCI|, over seeds and over cells of "
-        "molecule and T, the neighbouring sizes counted at half weight, is within one standard error of the "
-        "best rate's (from the spread of seeds, pooled over the ansatz); a rate with a failed or invalid run is "
-        "out. Errors are geometric means of the size's own runs."
+        "Rule: per ansatz and size the lowest rate whose mean of ln |E − E_FCI|, over seeds and over cells "
+        "of molecule and T, the neighbouring sizes counted at half weight, is within one standard error of "
+        "the best rate's (from the spread of seeds, pooled over the ansatz); a rate with a failed or invalid "
+        "run is out. Errors are geometric means of the size's own runs."
     )
     return Sheet(Table(columns, tuple(rows)), caption)
 
@@ -329,9 +329,9 @@ def plateaus(study: StudyData) -> Sheet:
         Column("point_ids", "point ids", csv_only=True),
     )
     caption = (
-        f"Finished runs by what became of them. At or above Hartree-Fock: less than {PLATEAU_SHARE:.0%} of the "
-        f"correlation energy recovered. Chemically accurate: within {1e3 * style.CHEMICAL_ACCURACY:g} mHa of "
-        "FCI."
+        "Finished runs by what became of them. At or above Hartree-Fock: less than "
+        f"{PLATEAU_SHARE:.0%} of the correlation energy recovered. Chemically accurate: within "
+        f"{1e3 * style.CHEMICAL_ACCURACY:g} mHa of FCI."
     )
     notes = tuple(f"{name}: Hartree-Fock or FCI energy unknown, left out" for name in left_out)
     return Sheet(Table(columns, tuple(rows)), caption, notes)

@@ -287,8 +287,10 @@ class Kernel:
         if filled >= 2**31:
             raise MemoryError(f"{filled} matrix elements: too many for one sparse matrix")
         offsets = torch.cumsum(torch.cat(counts), 0).to(torch.int32)
-        with warnings.catch_warnings():  # torch says on first use that CSR support is in beta
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        with (
+            warnings.catch_warnings()
+        ):  # torch says on first use that CSR is in beta, or that nothing is checked
+            warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
             return torch.sparse_csr_tensor(
                 offsets, columns[:filled], values[:filled], (len(own), size), check_invariants=False
             )

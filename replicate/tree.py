@@ -126,25 +126,32 @@ def build_tree(keys: Tensor, sector: Sector, feasible: FeasibleTokens | None = N
     device = keys.device
     columns = torch.arange(n_orbitals, device=device)
     tokens = tokens_of(keys, n_orbitals)
-    alpha, beta = tokens & 1, tokens >> 1
-    alpha, beta = alpha.cumsum(1) - alpha, beta.cumsum(1) - beta
-    is_node = feasible.open[columns, alpha, beta]
+    # Where each prefix stands in the table of feasible tokens, (tokens, alpha, beta placed), flattened.
+    width = n_orbitals + 1
+    step = (tokens & 1) * width + (tokens >> 1)
+    at = columns * width**2 + step.cumsum(1) - step
+    is_node = feasible.open.take(at)
 
     # First token that differs from the row above: the prefixes of more tokens than that are new.
     same = torch.zeros_like(keys)
     if n_leaves > 1:
-        same[1:] = (tokens[1:] == tokens[:-1]).cumprod(1).sum(1)
+        differs = (keys[1:] ^ keys[:-1]).unsqueeze(1) >> 2 * (n_orbitals - 1 - columns)
+        same[1:] = (differs == 0).sum(1)
     same[:1] = -1
     starts = is_node & (columns > same.unsqueeze(1))
 
     row, level = starts.nonzero(as_tuple=True)
     n_nodes = row.shape[0]
-    number = starts.view(-1).cumsum(0).view(n_leaves, n_orbitals) - 1
-    path = number.where(starts, -1).cummax(0).values  # nodes start in ascending order: fill downwards
+    # The node of a column is the last one that started in it. Counted down the columns, one below the other,
+    # that is a running sum and a look-up, which every device is fast at (a running maximum is not).
+    down = starts.t().reshape(-1).cumsum(0)
+    in_columns = torch.full((n_nodes + 1,), -1, device=device)
+    in_columns[down[level * n_leaves + row]] = torch.arange(n_nodes, device=device)
+    path = in_columns[down].view(n_orbitals, n_leaves).t().contiguous()
     edges = (4 * path + tokens).where(is_node, 4 * n_nodes)
 
     symbol = tokens[row, (level - 1).clamp(min=0)].where(level > 0, START)
-    mask = feasible.mask[level, alpha[row, level], beta[row, level]]
+    mask = feasible.mask.view(-1, 4)[at[row, level]]
 
     edge_count = torch.bincount(edges.view(-1), minlength=4 * n_nodes + 1)[: 4 * n_nodes]
     new_edge = is_node & (columns >= same.unsqueeze(1))

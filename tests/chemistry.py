@@ -1,8 +1,9 @@
-"""Molecules of specs/molecules.toml for the tests: computed once per test process."""
+"""Molecules of specs/molecules.toml for the tests: computed once per run of the tests (conftest.py)."""
 
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import tomllib
 from pathlib import Path
@@ -18,7 +19,7 @@ from replicate.spec import MoleculeSpec
 TABLE: dict[str, dict[str, Any]] = tomllib.loads(
     (Path(__file__).parents[1] / "specs" / "molecules.toml").read_text(encoding="utf-8")
 )
-_FOLDER = tempfile.TemporaryDirectory()
+_ALONE = tempfile.TemporaryDirectory()  # for scripts that no test run has started
 
 
 def spec(name: str, /, **changes: Any) -> MoleculeSpec:
@@ -27,7 +28,7 @@ def spec(name: str, /, **changes: Any) -> MoleculeSpec:
 
 @functools.cache
 def molecule(name: str) -> Molecule:
-    return load_molecule(spec(name), cache=_FOLDER.name)
+    return load_molecule(spec(name), cache=os.environ.get("NQS_TEST_MOLECULES", _ALONE.name))
 
 
 def sector(mol: Molecule, order: str = "reversed") -> Sector:

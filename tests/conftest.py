@@ -1,8 +1,10 @@
-"""One thread everywhere, and a tiny study to write specs from."""
+"""One thread everywhere, molecules computed once for all workers, and a tiny study to write specs from."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,26 @@ import torch
 torch.set_num_threads(1)
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"  # for the processes that tests start: bits must not depend on the machine's cores
+
+MOLECULES = (
+    "NQS_TEST_MOLECULES"  # a folder; chemistry.py and the workers of this run find it in the environment
+)
+_made_here: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Before the workers start, which inherit it; a folder that the caller named is kept."""
+    if MOLECULES not in os.environ:
+        _made_here.append(tempfile.mkdtemp(prefix="nqs-molecules-"))
+        os.environ[MOLECULES] = _made_here[0]
+
+
+def pytest_unconfigure() -> None:
+    for folder in _made_here:
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ[MOLECULES]
+    _made_here.clear()
+
 
 # One point (H2, MADE, 3 steps), with more molecules, ansatze and sizes to choose from.
 TINY_SPEC = """\

@@ -156,7 +156,7 @@ def test_gpu_waits_for_nothing_but_its_record(kind: str, regime: str) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         run.advance()
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
     most = 3 if regime == "whole" else 2 * run.sector.n_orbitals + 14
     assert 1 <= len(waits) <= most, len(waits)
 
