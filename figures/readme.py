@@ -24,6 +24,10 @@ _TABLES: Mapping[str, tuple[str, ...]] = {  # table -> its columns shown, () for
     "coefficients": (),
     "flops": (),
     "modes": (),
+    "learning_rate_choice": (),
+    "plateaus": (),
+    "accuracy": (),
+    "variant_effects": (),
 }
 SECTIONS = ("numbers", "first-figure", *_TABLES)
 _OPEN = re.compile(r"<!-- figures:([\w-]+) -->")

@@ -20,6 +20,7 @@ from figures.pilot import (
     rate_variants,
 )
 from figures.registry import MissingData
+from figures.tables import accuracy
 
 RATES = {"base": 5e-3, "low": 1e-3, "high": 2e-2}
 SPEC = """
@@ -129,12 +130,48 @@ def test_runs_at_hartree_fock_are_counted() -> None:
         energy[row] = facts["e_hf"] - share * gap
         error[row] = energy[row] - facts["e_fci"]
     points = study.points.with_column("energy", energy).with_column("abs_error", error)
-    rows = plateaus(StudyData(**{**vars(study), "points": points})).table.rows
+    rows = plateaus(dataclasses.replace(study, points=points)).table.rows
     row = next(r for r in rows if (r["molecule"], r["variant"], r["ansatz"]) == ("H2O", "clip", "made"))
     assert row["stuck"] >= 1
     assert study.points.ids[first] in str(row["point_ids"]).split()
     assert row["between"] >= 1
     assert row["stuck"] + row["between"] + row["accurate"] == row["runs"]
+
+
+def test_what_was_reached_is_the_lowest_error_of_the_main_variant() -> None:
+    study = pilot({"s": 5e-3, "m": 5e-3})
+    error = np.full(len(study.points), 0.1)
+    own = np.flatnonzero((study.points["molecule"] == "H2O") & (study.points["ansatz"] == "made"))
+    main = [i for i in own if study.points["variant"][i] == study.main_variant]
+    other = next(i for i in own if study.points["variant"][i] != study.main_variant)
+    error[main[0]], error[main[1]], error[other] = 1.5e-3, 1.7e-3, 1e-6
+    points = study.points.with_column("abs_error", error)
+    rows = accuracy(dataclasses.replace(study, points=points)).table.rows
+    row = next(r for r in rows if (r["molecule"], r["ansatz"]) == ("H2O", "made"))
+    assert (row["runs"], row["near"], row["error"]) == (len(main), 1, pytest.approx(1.5))
+    assert row["sizes"] == row["size"] == study.points["size"][main[0]]
+    assert {r["sizes"] for r in rows if r is not row} == {"none"}
+
+
+def test_the_rate_is_the_lowest_that_noise_cannot_tell_from_the_best() -> None:
+    """Seeds half an e-fold apart: the next lower rate, 5 % worse, is taken; where they agree, it is not."""
+    study = pilot({"s": 5e-3, "m": 5e-3})
+    rows = rate_runs(study)
+    shift = {1e-3: 0.05, 5e-3: 0.0, 2e-2: 1.0}
+    seeds = rows.unique("seed")
+    assert len(seeds) == 2
+    wanted = {}
+    for noise, chosen in ((0.5, 1e-3), (0.01, 5e-3)):
+        log_error = [
+            shift[rate] + (noise if seed == seeds[0] else 0.0)
+            for rate, seed in zip(rows["rate"], rows["seed"], strict=True)
+        ]
+        error = np.array(study.points["abs_error"])
+        place = {point: i for i, point in enumerate(study.points.ids)}
+        error[[place[point] for point in rows.ids]] = 1e-3 * np.exp(log_error)
+        points = study.points.with_column("abs_error", error)
+        wanted[chosen] = {c.rate for c in choose_rates(dataclasses.replace(study, points=points))}
+    assert all(found == {chosen} for chosen, found in wanted.items()), wanted
 
 
 def test_each_ansatz_has_a_grid_of_its_own() -> None:
