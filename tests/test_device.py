@@ -20,7 +20,7 @@ from devices import DEVICES, needs_gpu
 from networks import KINDS, PARAMS
 
 from replicate.energy import LOCAL_ENERGY
-from replicate.spec import AnsatzSpec, EvaluationSpec, PhaseSpec, Point, SamplingSpec
+from replicate.spec import AnsatzSpec, EvaluationSpec, PhaseSpec, Point, SamplingSpec, TrainSpec
 from replicate.trainer import Training, train
 
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
@@ -192,3 +192,26 @@ def test_gpu_run_goes_on_from_its_checkpoint(kind: str) -> None:
     assert [record.step for record in resumed] == [5, 6, 7, 8]
     for name, weight in whole.weights.items():
         assert relative(resumed.weights[name], weight.cpu()) < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_steps_are_the_steps(kind: str) -> None:
+    """A recorded step goes on as the step itself would: dials, random numbers, moments and weights."""
+    changes: dict[str, Any] = {
+        "precision": "float64",
+        "steps": 12,
+        "train": TrainSpec(annealing_lambda=0.5, annealing_fraction=0.6),
+        "sampling": SamplingSpec(n_min=10**8, n_max=10**12),
+    }
+    point = make_point(kind, **changes)
+    runs = [train(point, molecule("LiH"), device="cuda", capture=capture) for capture in (True, False)]
+    replayed, called = ([*run] for run in runs)
+    assert len({record.n_samples for record in called}) > 8
+    assert {record.annealing > 0 for record in called} == {True, False}
+    for one, other in zip(replayed, called, strict=True):
+        assert one.energy == pytest.approx(other.energy, abs=1e-5)  # 10^8 samples
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+    for name, weight in runs[1].weights.items():
+        assert relative(runs[0].weights[name], weight.detach().cpu()) < 1e-4, name
+    assert all(seconds > 0 for seconds in runs[0].wall_parts.values())
