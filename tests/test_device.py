@@ -64,7 +64,8 @@ def test_growing_tree_waits_twice_a_level_and_a_few_times(kind: str, mode: str) 
 def test_step_runs_on_fake_tensors(device: str) -> None:
     """In a process of its own: registering a backend cannot be undone, and a mistake there may abort."""
     script = Path(__file__).with_name("device_audit.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}  # also where nothing is installed
+    path = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]  # also where nothing is installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
         [sys.executable, script, device],
         capture_output=True,
