@@ -32,6 +32,7 @@ from figures.readme import check, sections
 from figures.registry import Artefact, MissingData, Plot, Quantity, Sheet, artefacts, gathered, number
 from figures.render import Product, build, csv_text, write
 from figures.report import report_html
+from figures.tables import accuracy
 from figures.verdicts import NOT_MEASURED
 
 LAWS = {
@@ -1187,12 +1188,17 @@ def test_unreadable_study_raises_data_error(tmp_path: Path) -> None:
 # -- the committed results --
 
 ARTIFACTS = Path(cli.__file__).parent.parent / "artifacts"
-LAPTOP, COST = ARTIFACTS / "laptop", ARTIFACTS / "cost"
+LAPTOP, CPU, COST = ARTIFACTS / "laptop", ARTIFACTS / "cpu", ARTIFACTS / "cost"
 
 
 @pytest.fixture(scope="module")
 def laptop() -> StudyData:
     return load_study(LAPTOP / "cube.nc", LAPTOP / "fit.json")
+
+
+@pytest.fixture(scope="module")
+def cpu() -> StudyData:
+    return load_study(CPU / "cube.nc", CPU / "fit.json")
 
 
 @pytest.fixture(scope="module")
@@ -1213,34 +1219,15 @@ def assert_in_step(readme: Path, study: StudyData, names: Iterable[str], link: s
         assert f"<!-- figures:{name} -->\n{found[name].rstrip()}\n<!-- /figures:{name} -->" in text, name
 
 
-def is_committed(path: Path) -> bool:
-    """False where git sees a changed file: `make replicate` writes the laptop study anew."""
-    command = ["git", "-C", str(path.parent), "status", "--porcelain", "--", path.name]
-    return not subprocess.run(command, capture_output=True, check=False).stdout
-
-
-def test_readme_is_in_step_with_the_committed_results(laptop: StudyData, cost: StudyData) -> None:
-    """`python -m figures artifacts/laptop/cube.nc --readme README.md` would change nothing."""
-    assert_in_step(COST / "README.md", cost, ("modes", "flops"), "figures")
-    if not is_committed(LAPTOP / "cube.nc"):
-        pytest.skip("artifacts/laptop/cube.nc is not the committed one, which the README describes")
+def test_readmes_are_in_step_with_the_committed_results(cpu: StudyData, cost: StudyData) -> None:
+    """Each README's own `python -m figures ... --readme` would change nothing."""
     names = ("v_score_vs_n", "verdicts", "coefficients", "flops")
-    assert_in_step(ARTIFACTS.parent / "README.md", laptop, names, "artifacts/laptop/figures")
-
-
-def test_a_study_made_anew_is_not_held_against_the_readme(tmp_path: Path) -> None:
-    def git(*words: str) -> None:
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
-
-    cube = tmp_path / "cube.nc"
-    cube.write_text("one")
-    assert is_committed(cube)  # no repository: what is there was shipped
-    git("init")
-    git("add", "cube.nc")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
-    assert is_committed(cube)
-    cube.write_text("two")
-    assert not is_committed(cube)
+    assert_in_step(ARTIFACTS.parent / "README.md", cpu, names, "artifacts/cpu/figures")
+    assert_in_step(CPU / "README.md", cpu, ("accuracy", "verdicts", "variant_effects"), "figures")
+    assert_in_step(COST / "README.md", cost, ("modes", "flops"), "figures")
+    pilot, gpu = (load_study(ARTIFACTS / name / "cube.nc") for name in ("pilot", "gpu"))
+    assert_in_step(ARTIFACTS / "pilot" / "README.md", pilot, ("learning_rate_choice", "plateaus"), "figures")
+    assert_in_step(ARTIFACTS / "gpu" / "README.md", gpu, ("accuracy",), "figures")
 
 
 def test_readme_lists_what_is_not_measured_apart(laptop: StudyData) -> None:
@@ -1273,11 +1260,30 @@ def assert_committed(item: Artefact, study: StudyData, path: Path) -> None:
             assert a == b or float(a) == pytest.approx(float(b), rel=1e-9), (item.name, column)
 
 
-def test_committed_figures_are_in_step_with_the_committed_results(laptop: StudyData, cost: StudyData) -> None:
+def test_committed_figures_are_in_step_with_the_committed_results(
+    laptop: StudyData, cpu: StudyData, cost: StudyData
+) -> None:
     for item in artefacts():
         assert_committed(item, laptop, LAPTOP / "figures" / f"{item.name}.csv")
+        assert_committed(item, cpu, CPU / "figures" / f"{item.name}.csv")
         if item.name in ("mode_shares", "modes", "flops"):
             assert_committed(item, cost, COST / "figures" / f"{item.name}.csv")
+
+
+def test_committed_cpu_study_is_what_was_promised(cpu: StudyData) -> None:
+    """At least 95 % valid; each ansatz chemically accurate in one size up to 3 136 determinants, one on N2;
+    all from committed code."""
+    counts = cpu.counts()
+    assert counts["missing"] == 0
+    assert counts["done"] >= 0.95 * sum(counts.values())
+    origins = cpu.provenance["origins"]
+    assert all(origin["code"]["dirty"] is False for origin in origins)
+    rows = accuracy(cpu).table.rows
+    small = {name for name, facts in cpu.molecules.items() if facts["search_space"] <= 3136}
+    assert len(small) >= 6
+    reached = {(r["molecule"], r["ansatz"]) for r in rows if r["error"] <= 1.6}
+    assert set(itertools.product(small, ("made", "transformer", "retnet"))) <= reached
+    assert any(molecule == "N2" for molecule, _ in reached)
 
 
 def test_committed_costs_are_of_every_mode_and_molecule(cost: StudyData) -> None:
@@ -1297,15 +1303,16 @@ def test_committed_costs_are_of_every_mode_and_molecule(cost: StudyData) -> None
     assert there == {f"{name}.{ending}" for name, ends in endings.items() for ending in ends}
 
 
-def test_committed_figures_are_whole(laptop: StudyData) -> None:
+@pytest.mark.parametrize("folder", [LAPTOP, CPU])
+def test_committed_figures_are_whole(folder: Path) -> None:
     """A figure has its PDF, SVG and CSV; a table its Markdown and CSV; the report names this cube and fit."""
-    there = {path.name for path in (LAPTOP / "figures").iterdir()}
+    there = {path.name for path in (folder / "figures").iterdir()}
     wanted = {"report.html"}
     for item in artefacts():
         if f"{item.name}.csv" in there:
             endings = ("csv", "pdf", "svg") if item.kind == "figure" else ("csv", "md")
             wanted |= {f"{item.name}.{ending}" for ending in endings}
     assert there == wanted
-    report = (LAPTOP / "figures" / "report.html").read_text(encoding="utf-8")
-    for digest in laptop.sources.values():
+    report = (folder / "figures" / "report.html").read_text(encoding="utf-8")
+    for digest in load_study(folder / "cube.nc", folder / "fit.json").sources.values():
         assert digest in report
