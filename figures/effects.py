@@ -266,9 +266,11 @@ def changes(study: StudyData, variant: str) -> dict[str, Any]:
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
+            if not prefix and key == "only":  # where it applies, not what it changes
+                continue
             if isinstance(value, Mapping):
                 walk(value, f"{prefix}{key}.")
-            elif key != "only":
+            else:
                 flat[f"{prefix}{key}"] = value
 
     walk(table, "")

@@ -252,13 +252,17 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+#: Seven digits of a bootstrap draw are more than its percentiles have; the rest would not compress.
+_PACKED = {"zlib": True, "complevel": 4, "significant_digits": 7, "quantize_mode": "BitGroom"}
+
+
 def write_tree(path: Path, tree: Any) -> None:
     """A DataTree to NetCDF, atomically."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         encoding = {
-            g: {v: {"zlib": True, "complevel": 4} for v in ("draws",) if v in node.data_vars}
+            g: {v: _PACKED for v in ("draws",) if v in node.data_vars}
             for g, node in zip(tree.groups, tree.subtree, strict=True)
         }
         tree.to_netcdf(name, engine="netcdf4", encoding={g: e for g, e in encoding.items() if e})
