@@ -28,8 +28,8 @@ TOLERANCE, POLISH = 1e-9, 1e-12
 SINGLE_ITERATIONS = 2000
 EXPONENT_MAX = 10.0
 POWER_RANGE = (1e-2, 10.0)
-#: Points of one block of replicates. Half as many take a tenth to a sixth longer, the calls then cost more than
-#: the arithmetic; twice as many gain nothing and leave the second thread without work on small tables.
+#: Points of one block of replicates. Half as many take a tenth to a sixth longer, the calls then cost more
+#: than the arithmetic; twice as many gain nothing and leave small tables to one thread.
 BLOCK_ELEMENTS = 1 << 15
 _EXPONENT_GRIDS = {
     1: (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0),
