@@ -190,6 +190,9 @@ PANELS = {
 }
 
 
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
+
+
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Two rows of panels: seconds and peak memory, against each axis; exponents in the legends."""
     import matplotlib as mpl
@@ -214,12 +217,15 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
                 x, y = (np.array(values) for values in zip(*points, strict=True))
                 colour, marker = marks[kind.split()[0] if kind.split()[0] in marks else "transformer"]
                 name = f"{kind}: {exponent(x, y):.2f}" if len(x) > 1 else kind
-                style = ("-", "--", ":", "-.")[place % 4] if panel == "samples" else "-"
-                ax.loglog(x, y, style, color=colour, marker=marker, ms=5, lw=1.3, label=name)
+                style = STYLES[place % len(STYLES)] if panel == "samples" else "-"
+                ax.loglog(x, y, ls=style, color=colour, marker=marker, ms=5, lw=1.3, label=name)
             ax.set_xlabel(label)
             ax.set_ylabel(title)
             ax.grid(True, which="major", alpha=0.3)
-            ax.legend(fontsize=7, title="fitted exponent, upper half", title_fontsize=7)
+            ax.legend(
+                fontsize=7, title="fitted exponent, upper half", title_fontsize=7,
+                loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3,
+            )  # fmt: skip
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
