@@ -223,8 +223,8 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
             ax.set_ylabel(title)
             ax.grid(True, which="major", alpha=0.3)
             ax.legend(
-                fontsize=7, title="fitted exponent, upper half", title_fontsize=7,
-                loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3,
+                fontsize=6.5, title="fitted exponent, upper half", title_fontsize=7, columnspacing=1.0,
+                loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2,
             )  # fmt: skip
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
