@@ -92,6 +92,24 @@ def test_steps_on_every_device(device: str, kind: str, regime: str) -> None:
     assert all(weight.device.type == device for weight in run.weights.values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+def test_dials_are_the_numbers_that_they_show(kind: str, entropy: float) -> None:
+    """What a recorded step reads as tensors changes nothing, bit for bit; other values do."""
+    weights = []
+    for drawn, weight in ((10**8, entropy), (number(1e8), number(entropy)), (number(1e6), number(0.1))):
+        run = train(make_point(kind), molecule("LiH"))
+        for _ in range(3):
+            seen = run._update(drawn, weight, 1e-2)
+        weights.append(torch.cat([seen, *(w.detach().double().view(-1) for w in run.weights.values())]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 # -- a GPU against this CPU ------------------------------------------------------------------------------
 
 
