@@ -200,7 +200,11 @@ def phase_forward(width: int, depth: int, n_qubits: int, *, rows: int, backward:
 
 
 def sampler_forward(kind: str, params: Params, n_qubits: int, *, nodes: Iterable[int]) -> int:
-    """Growing a tree with `nodes` open prefixes per level, state carried along (cache, recurrence, units)."""
+    """Growing a tree with `nodes` open prefixes per level, state carried along (cache, recurrence, units).
+
+    The transformer sums products of queries and keys per head by a product with a (heads, d) matrix, which
+    takes `heads` times what q . k does.
+    """
     tokens = n_qubits // 2
     total = 0
     for level, count in enumerate(nodes):
@@ -211,7 +215,8 @@ def sampler_forward(kind: str, params: Params, n_qubits: int, *, nodes: Iterable
             total += 2 * count * (fresh * (2 * level + (depth - 1) * known) + 4 * known)
         else:
             d, heads, layers = _get(params, "d", "heads", "layers")
-            mixing = 4 * (level + 1) * d if kind == "transformer" else 4 * d * d // heads
+            attention, retention = 2 * (level + 1) * d * (heads + 1), 4 * d * d // heads
+            mixing = attention if kind == "transformer" else retention
             total += count * (2 * matmul_weights(kind, params, n_qubits) + layers * mixing)
     return total
 

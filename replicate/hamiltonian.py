@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 _CPU_SCRATCH, _DEVICE_SCRATCH = 32 << 20, 1 << 30  # bytes; on a CPU the scratch should stay in the last cache
-_PAIRS_BELOW = 6  # determinants per pattern up to which comparing all pairs beats trying all patterns
+_PAIRS_BELOW = 6  # pairs per determinant and pattern up to which comparing pairs beats trying all patterns
+_CLASSES_FROM = 500  # determinants from which leaving out pairs by symmetry is worth its operators
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Elements:
     column: Tensor
     value: Tensor
     flops: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements of the rows [first, first + n_rows) of a matrix: `row` counts from `first`."""
+
+    first: int
+    n_rows: int
+    row: Tensor
+    column: Tensor
+    value: Tensor
+    flops: int
 
 
 class Kernel:
@@ -102,6 +115,7 @@ class Kernel:
         self._diagonal_constant = plan.diagonal_constant
         self._diagonal_masks = self._tensor(layout(plan.diagonal_masks))
         self._diagonal_weights = self._tensor(plan.diagonal_weights)
+        self._symmetries = self._tensor(layout(plan.symmetries))
         self._general_offsets = self._tensor(plan.general_offsets)
         self._general_masks = self._tensor(layout(plan.general_masks))
         self._general_weights = self._tensor(plan.general_weights)
@@ -157,9 +171,6 @@ class Kernel:
     def _chunk_rows(self, max_bytes: int | None) -> int:
         return max(1, self._scratch(max_bytes) // (24 * len(self._flips)))
 
-    def _pair_rows(self, size: int, max_bytes: int | None) -> int:
-        return max(1, self._scratch(max_bytes) // (24 * max(size, 1)))
-
     def _scratch(self, max_bytes: int | None) -> int:
         if max_bytes is not None:
             return max_bytes
@@ -214,15 +225,9 @@ class Kernel:
     def _values_flops(self, rows: int) -> int:
         return 2 * rows * self.n_qubits * (self.n_qubits + self._n_linear)
 
-    def _within_flops(self, size: int, max_bytes: int | None, share: tuple[int, int]) -> int:
-        if size >= _PAIRS_BELOW * len(self._flips):
-            own = _own_rows(size, share)
-            return self._connected_flops(own.stop - own.start)
-        first, last = _triangle_rows(size, share)
-        step = self._pair_rows(size, max_bytes)
-        pairs = sum(min(step, last - start) * (size - start) for start in range(first, last, step))
-        diagonal = 2 * (last - first) * self.n_qubits**2
-        return 2 * self.n_qubits * pairs + diagonal + self._values_flops(last - first)
+    def _pairs_flops(self, rows: int, columns: int) -> int:
+        """All pairs of `rows` with `columns` determinants, then the values."""
+        return 2 * self.n_qubits * rows * columns + self._values_flops(rows)
 
     def _add_general(self, keys: Tensor, row: Tensor, column: Tensor, value: Tensor) -> None:
         """Values of patterns that fit neither form, string by string, into `value`."""
@@ -251,12 +256,12 @@ class Kernel:
         together are the whole, and of about equal cost.
         """
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-        rows, columns, values = [empty], [empty], [empty.to(torch.float64)]
-        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes, share=share):
-            rows.append(row + start)
-            columns.append(column)
-            values.append(value)
-        flops = self._within_flops(len(keys_sorted), max_bytes, share)
+        rows, columns, values, flops = [empty], [empty], [empty.to(torch.float64)], 0
+        for part in self._inside(keys_sorted.to(self.device), max_bytes, share=share):
+            rows.append(part.row + part.first)
+            columns.append(part.column)
+            values.append(part.value)
+            flops += part.flops
         return Elements(_join(rows), _join(columns), _join(values), flops)
 
     def sector_matrix(
@@ -277,13 +282,13 @@ class Kernel:
         columns = torch.empty(bound, dtype=torch.int32, device=self.device)
         values = torch.empty(bound, dtype=torch.float64, device=self.device)
         counts, filled = [torch.zeros(1, dtype=torch.int64, device=self.device)], 0
-        for _, n_rows, row, column, value in self._inside(keys_sorted, max_bytes, rows):
-            order = torch.argsort(row * size + column)
-            part = slice(filled, filled + len(row))
-            columns[part] = column.take(order)
-            values[part] = value.take(order)
-            counts.append(torch.bincount(row, minlength=n_rows))
-            filled += len(row)
+        for part in self._inside(keys_sorted, max_bytes, rows):
+            order = torch.argsort(part.row * size + part.column)
+            place = slice(filled, filled + len(order))
+            columns[place] = part.column.take(order)
+            values[place] = part.value.take(order)
+            counts.append(torch.bincount(part.row, minlength=part.n_rows))
+            filled += len(order)
         if filled >= 2**31:
             raise MemoryError(f"{filled} matrix elements: too many for one sparse matrix")
         offsets = torch.cumsum(torch.cat(counts), 0).to(torch.int32)
@@ -302,8 +307,8 @@ class Kernel:
         repeated products of a matrix that fits, that is about 100 times as fast.
         """
         out = torch.zeros_like(vectors)
-        for start, _, row, column, value in self._inside(keys_sorted.to(self.device), max_bytes):
-            out.index_add_(0, row + start, value[:, None] * vectors[column])
+        for part in self._inside(keys_sorted.to(self.device), max_bytes):
+            out.index_add_(0, part.row + part.first, part.value[:, None] * vectors[part.column])
         return out
 
     def _inside(
@@ -312,61 +317,84 @@ class Kernel:
         max_bytes: int | None,
         rows: slice | None = None,
         share: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """First row and number of rows of a chunk; row in the chunk, column and value of its elements.
-
-        Of the rows in the range `rows` (None: all), or of a `share` as in `within`.
-        """
+    ) -> Iterator[_Part]:
+        """Elements of the matrix's rows in the range `rows` (None: all), or of a `share` as in `within`."""
         size = len(keys)
-        every = rows is None or (rows.start, rows.stop) == (0, size)
-        if every and size < _PAIRS_BELOW * len(self._flips):
-            yield 0, size, *self._by_distance(keys, max_bytes, *_triangle_rows(size, share))
-            return
+        if rows is None or (rows.start, rows.stop) == (0, size):
+            classes = self._classes(keys)
+            if sum(len(members) ** 2 for members in classes) <= _PAIRS_BELOW * len(self._flips) * size:
+                yield self._by_distance(keys, max_bytes, classes, share)
+                return
         rows = rows or _own_rows(size, share)
         own = keys[rows]
         for start, row, key, value in self._chunks(own, max_bytes):
             column = torch.searchsorted(keys, key).clamp_(max=size - 1)
             found = torch.nonzero(keys.take(column) == key)[:, 0]
+            row, column, value = row.take(found), column.take(found), value.take(found)
             n_rows = min(self._chunk_rows(max_bytes), len(own) - start)
-            yield rows.start + start, n_rows, row.take(found), column.take(found), value.take(found)
+            yield _Part(rows.start + start, n_rows, row, column, value, self._connected_flops(n_rows))
+
+    def _classes(self, keys: Tensor) -> list[Tensor]:
+        """Places in `keys` of determinants that no symmetry keeps apart: elements between classes vanish."""
+        places = torch.arange(len(keys), device=self.device)
+        if not len(self._symmetries) or len(keys) < _CLASSES_FROM:
+            return [places]
+        bits = torch.arange(len(self._symmetries), device=self.device)
+        odd = 1 - _signs(keys[:, None] & self._symmetries, torch.int64)  # 0 or 2
+        code = (odd << bits).sum(1) >> 1
+        counts = torch.bincount(code, minlength=1 << len(bits)).tolist()
+        return [members for members in torch.sort(code, stable=True).indices.split(counts) if len(members)]
 
     def _by_distance(
-        self, keys: Tensor, max_bytes: int | None, first: int, last: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Elements between few keys: pairs that differ on few qubits, found by one GEMM of all with all.
+        self, keys: Tensor, max_bytes: int | None, classes: list[Tensor], share: tuple[int, int]
+    ) -> _Part:
+        """Elements between few keys: pairs of a class that differ on few qubits, found by one GEMM of all
+        with all."""
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows, columns, values, flops = [empty], [empty], [empty.to(torch.float64)], 0
+        for members in classes:
+            size = len(members)
+            first, last = _triangle_rows(size, share)
+            own = members[first:last]
+            rows.append(own)
+            columns.append(own)
+            values.append(self.diagonal(keys.take(own)))
+            flops += 2 * len(own) * self.n_qubits**2
+            step = max(1, self._scratch(max_bytes) // (24 * size))
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                row, column, value = self._pairs(keys.take(members[start:]), stop - start)
+                row, column = members.take(row + start), members.take(column + start)
+                rows += [row, column]  # both triangles
+                columns += [column, row]
+                values += [value, value]
+                flops += self._pairs_flops(stop - start, size - start)
+        return _Part(0, len(keys), _join(rows), _join(columns), _join(values), flops)
 
-        Of the pairs only those whose lower row is in [first, last), each with its mirror image.
-        """
-        size = len(keys)
-        spins32 = self._spins(keys, torch.float32)
-        rows = [torch.arange(first, last, device=self.device)]
-        columns, values = rows.copy(), [self.diagonal(keys[first:last])]
-        step = self._pair_rows(size, max_bytes)
-        for start in range(first, last, step):
-            part = keys[start : min(start + step, last)]
-            # the product of two determinants' spins is n - 2 x the number of qubits on which they differ
-            overlap = spins32[start : start + len(part)] @ spins32[start:].T
-            close = torch.nonzero((overlap >= self.n_qubits - 2 * self._most_flips).view(-1))[:, 0]
-            row = torch.div(close, size - start, rounding_mode="floor")
-            column = close - row * (size - start)
-            above = torch.nonzero(column > row)[:, 0]
-            row, column = row.take(above), column.take(above) + start
-            key = part.take(row)
-            flip = key ^ keys.take(column)
-            place = torch.searchsorted(self._sorted_flips, flip).clamp_(max=len(self._flips) - 1)
-            known = torch.nonzero(self._sorted_flips.take(place) == flip)[:, 0]
-            row, column, key = row.take(known), column.take(known), key.take(known)
-            pattern = self._sorted_columns.take(place.take(known))
-            code = LOCAL * ((1 - _signs(key & self._outer.take(pattern), torch.int64)) // 2)
-            for j, shifts in enumerate(self._local_shifts):
-                code += ((key >> shifts.take(pattern)) & 1) << j
-            value = self._values(part, self._spins(part, torch.float64), row, pattern, code)
-            keep = torch.nonzero(value.abs() > NEGLIGIBLE)[:, 0]
-            row, column, value = row.take(keep) + start, column.take(keep), value.take(keep)
-            rows += [row, column]  # both triangles
-            columns += [column, row]
-            values += [value, value]
-        return _join(rows), _join(columns), _join(values)
+    def _pairs(self, keys: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and value of the nonzero elements between each of the first `n_rows` and those behind
+        it."""
+        size, spins = len(keys), self._spins(keys, torch.float32)
+        # the product of two determinants' spins is n - 2 x the number of qubits on which they differ
+        overlap = spins[:n_rows] @ spins.T
+        close = torch.nonzero((overlap >= self.n_qubits - 2 * self._most_flips).view(-1))[:, 0]
+        row = torch.div(close, size, rounding_mode="floor")
+        column = close - row * size
+        above = torch.nonzero(column > row)[:, 0]
+        row, column = row.take(above), column.take(above)
+        key = keys.take(row)
+        flip = key ^ keys.take(column)
+        place = torch.searchsorted(self._sorted_flips, flip).clamp_(max=len(self._flips) - 1)
+        known = torch.nonzero(self._sorted_flips.take(place) == flip)[:, 0]
+        row, column, key = row.take(known), column.take(known), key.take(known)
+        pattern = self._sorted_columns.take(place.take(known))
+        code = LOCAL * ((1 - _signs(key & self._outer.take(pattern), torch.int64)) // 2)
+        for j, shifts in enumerate(self._local_shifts):
+            code += ((key >> shifts.take(pattern)) & 1) << j
+        part = keys[:n_rows]
+        value = self._values(part, self._spins(part, torch.float64), row, pattern, code)
+        keep = torch.nonzero(value.abs() > NEGLIGIBLE)[:, 0]
+        return row.take(keep), column.take(keep), value.take(keep)
 
 
 def _own_rows(size: int, share: tuple[int, int]) -> slice:
@@ -384,9 +412,9 @@ def _triangle_rows(size: int, share: tuple[int, int]) -> tuple[int, int]:
 
 def _join(parts: list[Tensor]) -> Tensor:
     """Concatenate and let go of the parts, so that only one column at a time is held twice."""
-    whole = torch.cat(parts)
+    filled = [part for part in parts if len(part)] or parts[:1]
     parts.clear()
-    return whole
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _signs(masks: Tensor, dtype: torch.dtype) -> Tensor:

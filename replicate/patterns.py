@@ -7,6 +7,7 @@ excitations). *General*: all others, which the Hamiltonians of molecules do not 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,7 @@ class Plan:
     general_offsets: NDArray[np.int64]
     general_masks: NDArray[np.int64]
     general_weights: NDArray[np.float64]
+    symmetries: NDArray[np.int64]  # masks: the parity of the electrons on one is conserved
 
 
 def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
@@ -133,7 +135,40 @@ def sort_patterns(hamiltonian: Hamiltonian) -> Plan:
         general_offsets=np.cumsum([0, *(len(mask) for mask in masks)]),
         general_masks=np.concatenate([np.zeros(0, dtype=np.int64), *masks]),
         general_weights=np.concatenate([np.zeros(0), *values_general]),
+        symmetries=_symmetries(flips, n),
     )
+
+
+def _symmetries(flips: NDArray[np.int64], n_qubits: int) -> NDArray[np.int64]:
+    """Masks on which every flip flips an even number of qubits, beside those of the spins: at most three.
+
+    Products of Z that commute with the Hamiltonian (the null space of its flips over GF(2), arXiv:1701.08213
+    section VI); an abelian point group has up to three.
+    """
+    pivots, _ = _echelon(flips.tolist())
+    free = [qubit for qubit in range(n_qubits) if qubit not in pivots]
+    masks = [1 << q | sum(1 << p for p, row in pivots.items() if row >> q & 1) for q in free]
+    alpha = sum(1 << q for q in range(0, n_qubits, 2))
+    _, independent = _echelon([alpha, alpha << 1, *masks])
+    return np.array(independent[2:5], dtype=np.int64)
+
+
+def _echelon(vectors: Iterable[int]) -> tuple[dict[int, int], list[int]]:
+    """Reduced row echelon form over GF(2), rows by their leading bit, and the vectors that are independent
+    of those before them."""
+    rows: dict[int, int] = {}
+    independent = []
+    for vector in vectors:
+        rest = vector
+        for leading, row in rows.items():
+            if rest >> leading & 1:
+                rest ^= row
+        if rest:
+            independent.append(vector)
+            new = rest.bit_length() - 1
+            rows = {leading: row ^ rest if row >> new & 1 else row for leading, row in rows.items()}
+            rows[new] = rest
+    return rows, independent
 
 
 def _between(flip: np.int64) -> np.int64:

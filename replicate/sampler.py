@@ -79,8 +79,10 @@ def keep_largest(counts: Tensor, most: int) -> Tensor:
     """Indices, ascending, of the `most` largest counts; of equal counts the first come first."""
     if counts.shape[0] <= most:
         return torch.arange(counts.shape[0], device=counts.device)
-    order = torch.sort(counts, descending=True, stable=True).indices
-    return order[:most].sort().values
+    smallest = torch.kthvalue(counts, counts.shape[0] - most + 1).values
+    above, tied = counts > smallest, counts == smallest
+    tied &= tied.cumsum(0) <= most - above.sum()
+    return (above | tied).nonzero().squeeze(1)
 
 
 def truncate(keys: Tensor, counts: Tensor, n_orbitals: int, batch_max: int) -> Samples:
@@ -145,13 +147,13 @@ def sample_tree(
         children = torch.zeros((prefix.shape[0], TOKENS), dtype=torch.float64, device=device)
         only = feasible.only[placed, alpha, beta].unsqueeze(1)
         children.scatter_(1, only, counts.unsqueeze(1))
-        nodes.append(rows.shape[0])
-        if nodes[-1]:
+        if rows.shape[0]:
             symbol = prefix[rows] & 3 if placed else torch.full_like(rows, START)
-            level = Level(placed, parent[rows], symbol, prefix[rows])
+            level = Level(placed, parent[rows], symbol, prefix[rows], sum(nodes))
             logits, state = advance(level, state)
             mask = feasible.mask[placed, alpha[rows], beta[rows]]
             children[rows] = split_tokens(counts[rows], log_conditionals(logits, ~mask).exp(), generator)
+        nodes.append(rows.shape[0])
 
         row, token = children.nonzero(as_tuple=True)
         counts = children[row, token]

@@ -22,6 +22,7 @@ from replicate.hamiltonian import (
     to_openfermion,
 )
 from replicate.molecule import Integrals
+from replicate.patterns import _symmetries
 from replicate.pauli import from_strings
 from replicate.sector import Sector, from_key_layout
 
@@ -344,6 +345,7 @@ def test_sector_matrix_of_a_part_is_that_part_and_symmetric(data: st.DataObject)
         patch.setattr(
             hamiltonian_module, "_PAIRS_BELOW", data.draw(st.sampled_from([0, 10**9]))
         )  # both roads
+        patch.setattr(hamiltonian_module, "_CLASSES_FROM", data.draw(st.sampled_from([0, 10**9])))
         check_part(name, keys[part], matrix[np.ix_(part, part)], max_bytes)
 
 
@@ -365,6 +367,43 @@ def check_part(name: str, keys: np.ndarray, matrix: np.ndarray, max_bytes: int |
     torch.sparse_csr_tensor(
         ours.crow_indices(), ours.col_indices(), ours.values(), ours.shape, check_invariants=True
     )
+
+
+@pytest.mark.parametrize(("name", "n_symmetries"), [("LiH", 2), ("H2O", 1), ("CH2", 1), ("N2", 2)])
+def test_symmetries_keep_classes_of_determinants_apart(name: str, n_symmetries: int) -> None:
+    """No matrix element between two classes, every determinant in one, and the classes are of like size."""
+    fast = kernel(name, "energy")
+    keys = torch.from_numpy(sector(molecule(name), "energy").enumerate_keys())
+    assert len(fast._symmetries) == n_symmetries
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hamiltonian_module, "_CLASSES_FROM", 0)
+        classes = fast._classes(keys)
+    assert torch.cat(classes).sort().values.tolist() == list(range(len(keys)))
+    assert len(classes) == 2**n_symmetries
+    assert max(map(len, classes)) < 2 * len(keys) / len(classes)
+    label = torch.empty(len(keys), dtype=torch.int64)
+    for number, members in enumerate(classes):
+        label[members] = number
+    found = fast.connected(keys)
+    assert len(found.row) > len(keys)
+    assert torch.equal(label[found.row], label[torch.searchsorted(keys, found.key)])
+
+
+@given(flips=st.lists(st.integers(0, 255), max_size=16))
+def test_symmetries_are_all_that_commute(flips: list[int]) -> None:
+    """Against every mask of eight qubits: those orthogonal to all flips are the span of what is found and
+    of the two spin parities, which all flips keep, as those of a sector do."""
+    spins = (0b01010101, 0b10101010)
+    flips = [flip for flip in flips if not any((flip & spin).bit_count() % 2 for spin in spins)]
+    commuting = {m for m in range(256) if not any((m & flip).bit_count() % 2 for flip in flips)}
+    found = _symmetries(np.array(flips, dtype=np.int64), 8).tolist()
+    assert len(found) <= 3
+    span = {0}
+    for mask in (*spins, *found):
+        assert mask not in span  # independent
+        span |= {mask ^ other for other in span}
+    assert span <= commuting
+    assert len(found) == 3 or span == commuting
 
 
 def test_sector_matrix_wants_sorted_keys() -> None:

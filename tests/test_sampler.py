@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import KINDS, SECTORS, wave_function
 from scipy import stats
 
-from replicate.ansatz import Level
+from replicate.ansatz import Level, transformer
 from replicate.sampler import keep_largest, sample_tree, split_binary, split_tokens, truncate
 from replicate.sector import Sector
 from replicate.tree import START, build_tree
@@ -180,28 +180,40 @@ def test_one_sample_and_one_determinant() -> None:
     assert samples.counts.tolist() == [1]
 
 
+@pytest.mark.parametrize("scratch", [transformer.CPU_SCRATCH, 100])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SECTORS)
-def test_carried_state_gives_the_flat_logits(kind: str, shape: tuple[int, int, int]) -> None:
-    """Key-value cache, recurrence and carried units, level by level over all prefixes of the sector."""
+def test_carried_state_gives_the_flat_logits(
+    kind: str, shape: tuple[int, int, int], scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key-value cache (few paths at a time, too), recurrence and carried units, level by level over all
+    prefixes of the sector."""
+    monkeypatch.setattr(transformer, "CPU_SCRATCH", scratch)
     sector = Sector(*shape)
     wave = wave_function(sector, kind, seed=2)
     keys = torch.as_tensor(sector.enumerate_keys())
     flat = wave.network.flat_logits(keys)
     state: tuple[torch.Tensor, ...] = ()
-    previous = torch.zeros(1, dtype=torch.int64)
+    previous, n_before = torch.zeros(1, dtype=torch.int64), 0
     for placed in range(sector.n_orbitals):
         full = keys >> 2 * (sector.n_orbitals - placed)
         prefix, first = np.unique(full.numpy(), return_index=True)
         prefix = torch.as_tensor(prefix)
         parent = torch.searchsorted(previous, prefix >> 2) if placed else torch.zeros(1, dtype=torch.int64)
         symbol = prefix & 3 if placed else torch.tensor([START])
-        logits, state = wave.network.advance(Level(placed, parent, symbol, prefix), state)
+        logits, state = wave.network.advance(Level(placed, parent, symbol, prefix, n_before), state)
         torch.testing.assert_close(logits, flat[first, placed], rtol=0, atol=1e-10)
-        previous = prefix
+        previous, n_before = prefix, n_before + prefix.shape[0]
 
 
 def test_keep_largest_prefers_the_first_of_equals() -> None:
     counts = torch.tensor([2.0, 3.0, 2.0, 1.0, 3.0])
     assert keep_largest(counts, 3).tolist() == [0, 1, 4]
     assert keep_largest(counts, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=40), st.integers(1, 40))
+def test_keep_largest_is_the_head_of_a_stable_sort(counts: list[int], most: int) -> None:
+    order = sorted(range(len(counts)), key=lambda i: -counts[i])
+    kept = keep_largest(torch.tensor(counts, dtype=torch.float64), most)
+    assert kept.tolist() == sorted(order[:most])

@@ -25,13 +25,15 @@ class Level:
     """The nodes of one level while a tree grows (sampling).
 
     `index`: tokens placed. `parent`: int64 (nodes,), row in the previous level. `symbol`: int64 (nodes,), the
-    last token (START at the root). `prefix`: int64 (nodes,), all placed tokens, two bits each.
+    last token (START at the root). `prefix`: int64 (nodes,), all placed tokens, two bits each. `n_before`:
+    nodes of all levels before this one.
     """
 
     index: int
     parent: Tensor
     symbol: Tensor
     prefix: Tensor
+    n_before: int
 
 
 @runtime_checkable
