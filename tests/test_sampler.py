@@ -180,27 +180,28 @@ def test_one_sample_and_one_determinant() -> None:
     assert samples.counts.tolist() == [1]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scratch", [transformer.CPU_SCRATCH, 100])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SECTORS)
 def test_carried_state_gives_the_flat_logits(
-    kind: str, shape: tuple[int, int, int], scratch: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, shape: tuple[int, int, int], scratch: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Key-value cache (few paths at a time, too), recurrence and carried units, level by level over all
     prefixes of the sector."""
     monkeypatch.setattr(transformer, "CPU_SCRATCH", scratch)
+    monkeypatch.setattr(transformer, "DEVICE_SCRATCH", scratch)
     sector = Sector(*shape)
-    wave = wave_function(sector, kind, seed=2)
-    keys = torch.as_tensor(sector.enumerate_keys())
+    wave = wave_function(sector, kind, seed=2).to(device)
+    keys = torch.as_tensor(sector.enumerate_keys(), device=device)
     flat = wave.network.flat_logits(keys)
     state: tuple[torch.Tensor, ...] = ()
-    previous, n_before = torch.zeros(1, dtype=torch.int64), 0
+    previous, n_before = keys.new_zeros(1), 0
     for placed in range(sector.n_orbitals):
         full = keys >> 2 * (sector.n_orbitals - placed)
-        prefix, first = np.unique(full.numpy(), return_index=True)
-        prefix = torch.as_tensor(prefix)
-        parent = torch.searchsorted(previous, prefix >> 2) if placed else torch.zeros(1, dtype=torch.int64)
-        symbol = prefix & 3 if placed else torch.tensor([START])
+        prefix, first = (torch.as_tensor(x, device=device) for x in np.unique(full.cpu(), return_index=True))
+        parent = torch.searchsorted(previous, prefix >> 2) if placed else keys.new_zeros(1)
+        symbol = prefix & 3 if placed else keys.new_full((1,), START)
         logits, state = wave.network.advance(Level(placed, parent, symbol, prefix, n_before), state)
         torch.testing.assert_close(logits, flat[first, placed], rtol=0, atol=1e-10)
         previous, n_before = prefix, n_before + prefix.shape[0]
