@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         last = rows[-1]
         sys.stdout.write(
             f"{' '.join(case):<34} called {last.called_ms:8.3f} ms, compiled {last.compiled_ms:8.3f} ms "
-            f"(x{last.gain:.2f}), compiling {last.compile_s:.0f} s, repaid after {last.repaid_after:.0f} steps\n"
+            f"(x{last.gain:.2f}), compiling {last.compile_s:.0f} s, repaid after {last.repaid_after:.0f}\n"
         )
         sys.stdout.flush()
     with arguments.csv.open("w", newline="", encoding="utf-8") as file:

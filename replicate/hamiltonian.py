@@ -39,7 +39,8 @@ __all__ = [
 
 _CPU_SCRATCH, _DEVICE_SCRATCH = 32 << 20, 1 << 30  # bytes; on a CPU the scratch should stay in the last cache
 _PAIRS_BELOW = 6  # pairs per determinant and pattern up to which comparing pairs beats trying all patterns
-_CLASSES_FROM = 500  # determinants from which leaving out pairs by symmetry is worth its operators
+# determinants from which leaving out pairs by symmetry is worth its operators
+_CPU_CLASSES_FROM, _DEVICE_CLASSES_FROM = 500, 20_000
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ class Kernel:
     def _classes(self, keys: Tensor) -> list[Tensor]:
         """Places in `keys` of determinants that no symmetry keeps apart: elements between classes vanish."""
         places = torch.arange(len(keys), device=self.device)
-        if not len(self._symmetries) or len(keys) < _CLASSES_FROM:
+        least = _CPU_CLASSES_FROM if self.device.type == "cpu" else _DEVICE_CLASSES_FROM
+        if not len(self._symmetries) or len(keys) < least:
             return [places]
         bits = torch.arange(len(self._symmetries), device=self.device)
         odd = 1 - _signs(keys[:, None] & self._symmetries, torch.int64)  # 0 or 2

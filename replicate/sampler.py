@@ -82,7 +82,7 @@ def keep_largest(counts: Tensor, most: int) -> Tensor:
     smallest = torch.kthvalue(counts, counts.shape[0] - most + 1).values
     above, tied = counts > smallest, counts == smallest
     tied &= tied.cumsum(0) <= most - above.sum()
-    return (above | tied).nonzero().squeeze(1)
+    return torch.nonzero_static(above | tied, size=most).squeeze(1)  # no wait for the number of them
 
 
 def truncate(keys: Tensor, counts: Tensor, n_orbitals: int, batch_max: int) -> Samples:

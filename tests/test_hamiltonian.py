@@ -345,7 +345,7 @@ def test_sector_matrix_of_a_part_is_that_part_and_symmetric(data: st.DataObject)
         patch.setattr(
             hamiltonian_module, "_PAIRS_BELOW", data.draw(st.sampled_from([0, 10**9]))
         )  # both roads
-        patch.setattr(hamiltonian_module, "_CLASSES_FROM", data.draw(st.sampled_from([0, 10**9])))
+        patch.setattr(hamiltonian_module, "_CPU_CLASSES_FROM", data.draw(st.sampled_from([0, 10**9])))
         check_part(name, keys[part], matrix[np.ix_(part, part)], max_bytes)
 
 
@@ -376,7 +376,7 @@ def test_symmetries_keep_classes_of_determinants_apart(name: str, n_symmetries: 
     keys = torch.from_numpy(sector(molecule(name), "energy").enumerate_keys())
     assert len(fast._symmetries) == n_symmetries
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hamiltonian_module, "_CLASSES_FROM", 0)
+        patch.setattr(hamiltonian_module, "_CPU_CLASSES_FROM", 0)
         classes = fast._classes(keys)
     assert torch.cat(classes).sort().values.tolist() == list(range(len(keys)))
     assert len(classes) == 2**n_symmetries
