@@ -362,7 +362,7 @@ class Kernel:
             columns.append(own)
             values.append(self.diagonal(keys.take(own)))
             flops += 2 * len(own) * self.n_qubits**2
-            step = max(1, self._scratch(max_bytes) // (24 * size))
+            step = max(1, self._scratch(max_bytes) // (24 * max(size, 1)))
             for start in range(first, last, step):
                 stop = min(start + step, last)
                 row, column, value = self._pairs(keys.take(members[start:]), stop - start)

@@ -406,6 +406,13 @@ def test_symmetries_are_all_that_commute(flips: list[int]) -> None:
     assert len(found) == 3 or span == commuting
 
 
+def test_no_determinants_have_no_elements() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    fast = kernel("LiH", "reversed")
+    assert len(fast.within(none).row) == len(fast.connected(none).row) == 0
+    assert fast.sector_matrix(none).shape == (0, 0)
+
+
 def test_sector_matrix_wants_sorted_keys() -> None:
     keys = torch.from_numpy(sector(molecule("LiH")).enumerate_keys())
     with pytest.raises(ValueError, match="ascending"):
