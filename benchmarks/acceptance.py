@@ -17,7 +17,6 @@ import csv
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ import torch
 from replicate import flops
 from replicate.energy import local_energies_paper
 from replicate.hamiltonian import jordan_wigner
+from replicate.memory import peak_bytes
 from replicate.spec import SamplingSpec, load_study
 from replicate.trainer import Training, train
 from replicate.tree import tokens_of
@@ -102,11 +102,6 @@ def alone(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far (Linux: kilobytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -- the step and its slow twins -----------------------------------------------------------------------

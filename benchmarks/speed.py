@@ -28,10 +28,11 @@ import torch
 from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
+from replicate.memory import peak_bytes
 from replicate.spec import AnsatzSpec, PhaseSpec, SamplingSpec
 from replicate.trainer import Training, train
 
-from .acceptance import peak_bytes, peak_gemm_rate
+from .acceptance import peak_gemm_rate
 from .cases import ANSATZE, DRAWN, ROOT, WHOLE_LIMIT, load, point
 
 FOLDER = ROOT / "artifacts" / "speed"

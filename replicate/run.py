@@ -6,11 +6,9 @@ far, so that a run that was interrupted ends with the same numbers, bit for bit,
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from replicate import provenance
+from replicate import memory, provenance
 from replicate.molecule import Molecule, load_molecule
 from replicate.plan import estimated_parts
 from replicate.ranks import ALONE, Group
@@ -132,21 +130,14 @@ def molecule_record(molecule: Molecule) -> dict[str, Any]:
 
 
 def _reset_peak_memory() -> None:
-    """Start the peak anew (Linux), since a worker runs many points; elsewhere it is the process's own."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    """Start the peak anew, since a worker runs many points."""
+    memory.reset_peak()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_memory_bytes() -> int:
-    if torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else memory.peak_bytes()
 
 
 def why_invalid(evaluation: Evaluation) -> str:
