@@ -27,14 +27,14 @@ def faults():
     torch.ones(100 << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(first - start, second - start, faults(), faults())
+print(first - start, second - start, faults(), min(faults() for _ in range(20)))
 """
 
 
 @linux
 def test_peak_is_a_runs_own_and_freed_blocks_are_kept() -> None:
-    """In a process of its own: 100 MiB count for the run that took them, not for the next one; taken twice
-    they cost page faults once."""
+    """In a process of its own: 100 MiB count for the run that took them, not for the next one; taken again
+    they come to cost no page fault (not at once: an aligned block does not fit where one of its size was)."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     first, second, faults, faults_again = map(int, done.stdout.split())
     assert 95 << 20 < first < 130 << 20
