@@ -73,9 +73,9 @@ def make_study(folder: Path, points: int, steps: list[int]) -> Study:
 COMMAND = """
 import sys
 from replicate.cli import main
+from replicate.memory import peak_bytes
 main(sys.argv[1:])
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-sys.stderr.write(peak.split()[1])
+sys.stderr.write(str(peak_bytes() // 1024))
 """
 
 

@@ -14,8 +14,9 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system (no-op elsewhere).
 
     A step frees and allocates the same blocks hundreds of times; a page fault for each page of them costs up
-    to a third of a step. The peak of a step stays what it was within 8 % (artifacts/speed), but a process
-    keeps what it reached: `return_freed_memory` gives back what a run has left.
+    to a third of a step. The peak of a step grew by 8 % at most (steps.csv of artifacts/speed, 48da58c
+    against 3157cfb), but a process keeps what it reached: `return_freed_memory` gives back what a run has
+    left.
     """
     mallopt = _glibc("mallopt")
     if mallopt is None:

@@ -17,7 +17,7 @@ from replicate.ansatz.phase import PhaseNetwork
 from replicate.sector import Sector
 from replicate.tree import FeasibleTokens, PrefixTree, path_sum, tokens_of
 
-State = tuple[Tensor, ...]  # what a modulus carries from one level of the tree to the next, row = node
+State = tuple[Tensor, ...]  # what a modulus carries from one level of the tree to the next
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class Modulus(Protocol):
         ...
 
     def advance(self, level: Level, state: State) -> tuple[Tensor, State]:
-        """Logits (nodes, 4) of one level and the state that its children need; `state` is () at the root."""
+        """Logits (nodes, 4) of one level and the state that its children need; `state` is () at the root.
+
+        A state is used once: the next may be made of it in place.
+        """
         ...
 
 
